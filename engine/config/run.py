@@ -1,0 +1,347 @@
+"""The run YAML as strict, frozen pydantic sections. Parsing imports no torch and reads nothing but the file.
+
+The string under a field is its documentation: docs/config.md is generated from it.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Count = Annotated[int, Field(ge=1)]
+NonNegative = Annotated[float, Field(ge=0.0)]
+
+
+class Section(BaseModel):
+    """Unknown keys are refused, values never change after parsing."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=())
+
+
+class RunSection(Section):
+    """What the run is called, where it lives and how long it is."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """Name of the run's folder below `output`."""
+    output: str = "runs"
+    """Folder that holds the runs."""
+    seed: int = 0
+    """Seed of the data order, of fresh weights and of dropout."""
+    num_steps: Count | None = None
+    """Optimizer steps. Give this or `num_epochs`."""
+    num_epochs: Annotated[float, Field(gt=0)] | None = None
+    """Passes over the data, turned into steps. Give this or `num_steps`."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Precision of the student's training. `auto` takes what the DeepSpeed JSON names, else the accelerator's best
+    (bf16, then fp16, on a GPU; fp32 on a CPU)."""
+    gradient_checkpointing: bool = False
+    """Recompute the student's layers in the backward pass: less memory, about a third more student time."""
+
+    @model_validator(mode="after")
+    def _one_length(self) -> RunSection:
+        if (self.num_steps is None) == (self.num_epochs is None):
+            raise ValueError("give exactly one of run.num_steps and run.num_epochs")
+        return self
+
+
+class TaskSection(Section):
+    """What is learned, and for masked language models how tokens are masked."""
+
+    kind: Literal["masked_lm", "causal_lm"]
+    """`masked_lm` for encoders with an MLM head, `causal_lm` for decoders."""
+    tokenizer: str | None = None
+    """Tokenizer folder or hub id. Default: the teacher's, else the student's."""
+    mask_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.15
+    """Share of a sequence's tokens to predict (at least one)."""
+    mask_replace: Fraction = 0.8
+    """Of those, the share shown as the mask token."""
+    mask_random: Fraction = 0.1
+    """Of those, the share shown as a random token. The rest is shown unchanged."""
+    mask_smoothing: NonNegative = 0.0
+    """Choose a token with weight count^-this: rare tokens more often. XLM and DistilBERT use 0.7; 0 is uniform."""
+    mask_rounds: Count = 16
+    """Different masks a sample gets, one an epoch, before they repeat."""
+    mask_seed: int = 0
+    """Seed of the masks; apart from `run.seed`, so that a cache of targets outlives a change of seed."""
+
+    @model_validator(mode="after")
+    def _mask_shares(self) -> TaskSection:
+        if self.mask_replace + self.mask_random > 1.0:
+            raise ValueError("task.mask_replace + task.mask_random is more than 1")
+        return self
+
+
+class ModelSection(Section):
+    """Settings that the student and the teacher share."""
+
+    model: str | None = None
+    """Folder or hub id of the weights."""
+    revision: str | None = None
+    """Hub revision of `model`."""
+    attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = "auto"
+    """Attention implementation; `auto` leaves it to transformers."""
+    allow_pickle: bool = False
+    """Load weights from a pickle (.bin, .pt) when there is no safetensors file. A pickle can run any code."""
+    trust_remote_code: bool = False
+    """Let the model's repository run its own code."""
+
+
+class StudentSection(ModelSection):
+    """Where the student comes from: exactly one of `model`, `config` and `init: teacher_layers`."""
+
+    config: str | dict[str, Any] | None = None
+    """A transformers config (folder, hub id, .json file, or a mapping with `model_type`): fresh weights."""
+    init: Literal["teacher_layers"] | None = None
+    """Copy the teacher's embeddings, head and the layers named in `layers`."""
+    layers: Count | tuple[int, ...] | None = None
+    """Teacher layers to copy: a list of indices, or a count spread evenly from the first to the last."""
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> StudentSection:
+        origins = [name for name in ("model", "config", "init") if getattr(self, name) is not None]
+        if len(origins) != 1:
+            raise ValueError(f"give exactly one of student.model, student.config and student.init, found {origins or 'none'}")
+        if (self.init is None) != (self.layers is None):
+            raise ValueError("student.layers goes with student.init: teacher_layers")
+        return self
+
+
+class TeacherSection(ModelSection):
+    """Who gives the targets."""
+
+    kind: Literal["none", "online"] = "none"
+    """`none` trains on labels alone, `online` asks a model in inference mode."""
+    placement: Literal["replicated"] = "replicated"
+    """Where the teacher's weights lie: whole on every device."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Precision of the teacher. `auto` is the student's."""
+
+    @model_validator(mode="after")
+    def _model_named(self) -> TeacherSection:
+        if self.kind == "online" and self.model is None:
+            raise ValueError("teacher.kind: online needs teacher.model")
+        if self.kind == "none" and self.model is not None:
+            raise ValueError("teacher.model is given but teacher.kind is none; say kind: online")
+        return self
+
+
+class DataSection(Section):
+    """Which shards, in which order, and how they are read."""
+
+    manifest: str
+    """manifest.json of the training shards: a path, or an http(s):// or s3:// address."""
+    lanes: Count = 64
+    """Fixed slices of the data order. The number of ranks must divide it; more lanes allow more ranks later."""
+    shuffle_samples: Count = 1024
+    """Samples shuffled together inside a lane."""
+    reader_threads: Count = 2
+    """Threads that read and collate ahead of training."""
+    prefetch_steps: Count = 2
+    """Steps kept ready."""
+    max_bad_samples: Annotated[int, Field(ge=0)] = 0
+    """Damaged records to skip, over the whole run and all ranks, before the run stops."""
+    allow_pipe: bool = False
+    """Allow `pipe:` shard addresses, which run shell commands. A manifest can never turn this on."""
+
+
+class BatchSection(Section):
+    """How many sequences make a step. Gradient accumulation follows from these two and the number of ranks."""
+
+    global_sequences: Count
+    """Sequences of one optimizer step, over all ranks."""
+    micro_sequences: Count
+    """Sequences of one forward pass on one device."""
+
+
+class Ramp(Section):
+    """A number that moves from `start` to `end` between two steps, and stays there."""
+
+    start: float
+    """Value up to `from_step`."""
+    end: float
+    """Value from `to_step` on."""
+    shape: Literal["linear", "cosine"] = "linear"
+    """Straight, or half a cosine wave."""
+    from_step: Annotated[int, Field(ge=0)] = 0
+    """Step at which it starts to move."""
+    to_step: Count | None = None
+    """Step at which it arrives. Default: the last."""
+
+
+Scheduled = float | Ramp
+
+
+class Term(Section):
+    """What every term has."""
+
+    weight: Scheduled = 1.0
+    """Factor in the objective, or a ramp."""
+
+
+class LogitTerm(Term):
+    """What every comparison of the two distributions over the vocabulary has. KD terms are scaled by T^2."""
+
+    temperature: Scheduled = 1.0
+    """Divides both models' logits, or a ramp."""
+    restrict_to: Literal["masked", "all"] = "masked"
+    """`masked`: positions with a label. `all`: every real token (DistilBERT without restrict_ce_to_mask)."""
+
+
+class ForwardKL(LogitTerm):
+    """KL(teacher || student): covers all that the teacher does. The usual choice."""
+
+    kind: Literal["forward_kl"]
+
+
+class ReverseKL(LogitTerm):
+    """KL(student || teacher): stays where the teacher is sure."""
+
+    kind: Literal["reverse_kl"]
+
+
+class JensenShannon(LogitTerm):
+    """beta KL(teacher || m) + (1 - beta) KL(student || m), with m = beta teacher + (1 - beta) student."""
+
+    kind: Literal["js"]
+    beta: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.5
+    """Share of the teacher in the mixture."""
+
+
+class SkewKL(LogitTerm):
+    """KL(teacher || alpha teacher + (1 - alpha) student), the skewed KL of DistiLLM."""
+
+    kind: Literal["skew_kl"]
+    alpha: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.1
+    """Share of the teacher in the mixture."""
+
+
+class TotalVariation(LogitTerm):
+    """Half the L1 distance of the two distributions."""
+
+    kind: Literal["total_variation"]
+
+
+class LogitsMSE(LogitTerm):
+    """Mean squared difference of the logits over the vocabulary. Temperature does not apply."""
+
+    kind: Literal["logits_mse"]
+
+    @model_validator(mode="after")
+    def _no_temperature(self) -> LogitsMSE:
+        if self.temperature != 1.0:
+            raise ValueError("logits_mse compares raw logits and takes no temperature")
+        return self
+
+
+class CrossEntropy(Term):
+    """Cross entropy on the data's own labels: the masked or the next token."""
+
+    kind: Literal["cross_entropy"]
+
+
+class HiddenTerm(Term):
+    """Comparison of hidden states; widths that differ get a trained projection from student to teacher."""
+
+    kind: Literal["hidden_cosine", "hidden_mse"]
+    layers: Literal["last", "spread"] | tuple[tuple[int, int], ...] = "last"
+    """`last`: the final states. `spread`: each student layer with the teacher layer at the same relative depth.
+    Or pairs [student, teacher]; 0 is the embeddings, i the output of the i-th layer."""
+    restrict_to: Literal["masked", "all"] = "all"
+    """`all`: every real token. `masked`: positions with a label."""
+
+
+AnyTerm = Annotated[
+    ForwardKL | ReverseKL | JensenShannon | SkewKL | TotalVariation | LogitsMSE | CrossEntropy | HiddenTerm,
+    Field(discriminator="kind"),
+]
+
+
+class OptimizerSection(Section):
+    """AdamW. Norms and biases are not decayed."""
+
+    learning_rate: Annotated[float, Field(gt=0)] = 5e-4
+    """Peak learning rate."""
+    betas: tuple[float, float] = (0.9, 0.98)
+    """Decay of the two moments."""
+    eps: Annotated[float, Field(gt=0)] = 1e-6
+    """Added to the root of the second moment."""
+    weight_decay: NonNegative = 0.01
+    """Decoupled decay of matrices and embeddings."""
+    max_grad_norm: NonNegative = 1.0
+    """Clip the global gradient norm; 0 does not clip."""
+
+
+class ScheduleSection(Section):
+    """The learning rate over the steps."""
+
+    kind: Literal["linear", "cosine", "constant", "wsd", "multi_step", "plateau"] = "cosine"
+    """Shape after the warm-up. `wsd`: constant, then linear decay at the end."""
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    """Steps of linear warm-up from 0."""
+    final_fraction: Fraction = 0.0
+    """Where linear, cosine and wsd end, as a share of the peak; the floor of plateau."""
+    decay_steps: Count | None = None
+    """wsd: steps of the final decay. Default: a tenth of the run."""
+    milestones: tuple[Count, ...] = ()
+    """multi_step: steps at which the rate is multiplied by `factor`."""
+    factor: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.1
+    """multi_step and plateau: the multiplier."""
+    patience: Count = 3
+    """plateau: evaluations without a better held-out loss before the rate falls."""
+
+
+class EvaluationSection(Section):
+    """Held-out text, scored during and after the run."""
+
+    manifest: str | None = None
+    """manifest.json of the held-out shards. None: no evaluation."""
+    every_steps: Count | None = None
+    """Evaluate this often as well as at the end."""
+    max_sequences: Count = 1024
+    """Sequences to score at most."""
+
+
+class CheckpointSection(Section):
+    """When to save and what to keep."""
+
+    every_steps: Count = 500
+    """Steps between checkpoints; the last step always has one."""
+    keep: Annotated[int, Field(ge=2)] = 2
+    """Complete checkpoints kept. Never fewer than two: the newest may be the one that a fault hit."""
+
+
+class TrackingSection(Section):
+    """What is written while the run goes on. metrics.jsonl is always written."""
+
+    every_steps: Count = 10
+    """Steps between records."""
+    wandb: Literal["disabled", "offline", "online"] = "disabled"
+    """Weights & Biases. The run keeps its id over a resume; an outage never stops training."""
+    wandb_project: str = "stillhouse"
+    """Project of the wandb run."""
+    wandb_entity: str | None = None
+    """Team of the wandb run."""
+    tensorboard: bool = False
+    """Event files below the run folder."""
+
+
+class RunConfig(Section):
+    """A whole run."""
+
+    run: RunSection
+    task: TaskSection
+    student: StudentSection
+    teacher: TeacherSection = TeacherSection()
+    data: DataSection
+    batch: BatchSection
+    losses: Annotated[tuple[AnyTerm, ...], Field(min_length=1)]
+    """The terms of the objective."""
+    optimizer: OptimizerSection = OptimizerSection()
+    schedule: ScheduleSection = ScheduleSection()
+    evaluation: EvaluationSection = EvaluationSection()
+    checkpoint: CheckpointSection = CheckpointSection()
+    tracking: TrackingSection = TrackingSection()
+    zero: str | dict[str, Any] = {"zero_optimization": {"stage": 2}}
+    """The DeepSpeed JSON: a path, or its content. Numbers that the run owns are "auto" there."""

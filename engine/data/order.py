@@ -1,0 +1,80 @@
+"""Which sample is sequence ``c`` of the run: a pure function of the seed, so its position is one integer.
+
+An epoch lays the samples of all shards, in an order drawn by (seed, epoch), end to end and cuts that line into
+``lanes`` equal ranges. Inside a lane the samples are shuffled in windows of ``shuffle_samples``. Sequence c belongs
+to lane ``c mod lanes`` at offset ``c div lanes``. Nothing here depends on the number of ranks, of micro-batches or
+of threads, so none of them can change what a step trains on.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from engine.data.stateless import fold, permutation
+from engine.errors import DataError
+
+
+class Location(NamedTuple):
+    """Sample ``index`` of shard number ``shard``, met in ``epoch``."""
+
+    epoch: int
+    shard: int
+    index: int
+
+
+class DataOrder:
+    """The order of a data set whose shard ``i`` holds ``samples_per_shard[i]`` samples.
+
+    Raises DataError when there are fewer samples than lanes.
+    """
+
+    def __init__(self, samples_per_shard: Sequence[int], *, seed: int, lanes: int, shuffle_samples: int) -> None:
+        self.num_samples = int(sum(samples_per_shard))
+        if self.num_samples < lanes:
+            raise DataError(
+                f"the data holds {self.num_samples:,} samples, fewer than data.lanes = {lanes}; "
+                f"set data.lanes to at most {self.num_samples}"
+            )
+        self.lanes = lanes
+        self.lane_samples = self.num_samples // lanes
+        self.sequences_per_epoch = self.lane_samples * lanes
+        self._seed = seed
+        self._window = max(1, shuffle_samples)
+        self._counts = np.asarray(samples_per_shard, dtype=np.int64)
+        self._lines: OrderedDict[int, tuple[np.ndarray, np.ndarray]] = OrderedDict()
+        self._windows: OrderedDict[tuple[int, int, int], np.ndarray] = OrderedDict()
+
+    def locate(self, sequence: int) -> Location:
+        """Where sequence ``sequence`` of the run lies."""
+        epoch, in_epoch = divmod(sequence, self.sequences_per_epoch)
+        offset, lane = divmod(in_epoch, self.lanes)
+        window, in_window = divmod(offset, self._window)
+        on_line = lane * self.lane_samples + window * self._window + int(self._window_order(epoch, lane, window)[in_window])
+        return self._on_line(epoch, on_line)
+
+    def _window_order(self, epoch: int, lane: int, window: int) -> np.ndarray:
+        name = (epoch, lane, window)
+        if name not in self._windows:
+            size = min(self._window, self.lane_samples - window * self._window)
+            self._windows[name] = permutation(fold("window", self._seed, epoch, lane, window), size)
+            if len(self._windows) > 2 * self.lanes:
+                self._windows.popitem(last=False)
+        return self._windows[name]
+
+    def _on_line(self, epoch: int, on_line: int) -> Location:
+        """The samples left over by the cut are rotated, so that over epochs none is favoured."""
+        if epoch not in self._lines:
+            shards = permutation(fold("shards", self._seed, epoch), len(self._counts))
+            self._lines[epoch] = shards, np.cumsum(self._counts[shards])
+            if len(self._lines) > 2:
+                self._lines.popitem(last=False)
+        shards, ends = self._lines[epoch]
+        left_over = self.num_samples - self.sequences_per_epoch
+        place = (on_line + epoch * left_over) % self.num_samples
+        which = int(np.searchsorted(ends, place, side="right"))
+        shard = int(shards[which])
+        return Location(epoch, shard, int(place - ends[which] + self._counts[shard]))
