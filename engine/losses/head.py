@@ -1,0 +1,108 @@
+"""The vocabulary projection of any Hugging Face model: found, tapped and described, never run on a whole batch.
+
+``tap_head`` makes the head return its input, so that the model's own forward stops short of the logits and the fused
+loss gets the states h for which h W^T + b are the logits. Parameter names stay those of the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from engine.errors import ConfigError
+from engine.schema import Head
+
+
+class HeadTap:
+    """Stands in for the head's forward and keeps its last input."""
+
+    def __init__(self, model: nn.Module) -> None:
+        head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+        if head is None or getattr(head, "weight", None) is None:
+            raise ConfigError(
+                f"{type(model).__name__} has no output embeddings with a weight; masked_lm needs a model with an MLM "
+                "head and causal_lm one with an LM head"
+            )
+        self.module = head
+        self.state: Tensor | None = None
+        self._own_forward = head.forward
+        head.forward = self._keep
+
+    def _keep(self, state: Tensor) -> Tensor:
+        self.state = state
+        return state
+
+    def take(self) -> Tensor:
+        """The states that went into the head in the last forward, [B, T, H]; kept no longer."""
+        assert self.state is not None, "the model's forward did not reach its head"
+        state, self.state = self.state, None
+        return state
+
+    @contextmanager
+    def removed(self) -> Iterator[None]:
+        """The model as it was: its forward gives logits again."""
+        self.module.forward = self._own_forward
+        try:
+            yield
+        finally:
+            self.module.forward = self._keep
+
+
+def describe_head(module: nn.Module, model_config: Any) -> Head:
+    """The head with what the model does to its logits afterwards.
+
+    Gemma 2 and 3 cap them (final_logit_softcapping), Cohere multiplies (logit_scale), Granite divides (logits_scaling).
+    Anything else is caught by ``check_head``.
+    """
+    scale = float(getattr(model_config, "logit_scale", None) or 1.0)
+    scale /= float(getattr(model_config, "logits_scaling", None) or 1.0)
+    softcap = getattr(model_config, "final_logit_softcapping", None)
+    return Head(module.weight, getattr(module, "bias", None), scale, float(softcap) if softcap else None)
+
+
+def head_logits(hidden: Tensor, head: Head, num_ids: int) -> Tensor:
+    """[N, H] -> [N, num_ids] fp32 logits. Rows of the head past ``num_ids`` are padding and take no part."""
+    weight = head.weight[:num_ids]
+    if hidden.is_cuda and hidden.dtype != torch.float32:  # keep the accumulator's fp32 instead of rounding it
+        logits = torch.mm(hidden, weight.t(), out_dtype=torch.float32)
+    else:
+        logits = torch.mm(hidden, weight.t()).float()
+    if head.bias is not None:
+        logits += head.bias[:num_ids]
+    if head.scale != 1.0:
+        logits *= head.scale
+    if head.softcap is not None:
+        logits.div_(head.softcap).tanh_().mul_(head.softcap)
+    return logits
+
+
+@torch.no_grad()
+def check_head(model: nn.Module, tap: HeadTap, inputs: dict[str, Any], num_ids: int, name: str) -> None:
+    """Compare the fused head with the model's own logits on ``inputs``.
+
+    Raises ConfigError, naming the model, when they differ: it changes its logits in a way that is not known here.
+    """
+    was_training = model.training
+    model.eval()
+    with tap.removed():
+        own = model(**inputs).logits.flatten(0, 1)[:, :num_ids].float()
+    model(**inputs)
+    head = describe_head(tap.module, model.config)
+    ours = head_logits(tap.take().flatten(0, 1), head, num_ids)
+    model.train(was_training)
+    tolerance = {torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 3e-2}.get(head.weight.dtype, 1e-4)
+    difference = (ours - own).abs().max().item()
+    limit = tolerance * max(1.0, own.abs().max().item())
+    if not difference <= limit:
+        known = {"logit_scale", "logits_scaling", "final_logit_softcapping"}
+        settings = sorted(
+            key for key in model.config.to_dict() if "logit" in key or "multiplier" in key or key in known
+        )
+        raise ConfigError(
+            f"{name} ({type(model).__name__}): its own logits differ by {difference:.3g} from h W^T + b (allowed "
+            f"{limit:.3g}), so it changes them after the head; settings that may do it: {settings or 'none found'}"
+        )

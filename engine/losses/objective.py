@@ -1,0 +1,183 @@
+"""The objective: a weighted sum of terms over the positions that count, each divided by the step's global number of them.
+
+So the gradient does not depend on how a step is cut into ranks, accumulation and micro-batches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from engine.config.run import AnyTerm, CrossEntropy, HiddenTerm, LogitTerm, Ramp, Scheduled
+from engine.errors import ConfigError
+from engine.losses.fused import METRICS, FusedInputs, LogitLoss, fused_head_loss
+from engine.losses.hidden import HIDDEN_LOSSES, layer_pairs, select_rows
+from engine.schedule import between
+from engine.schema import Batch, Head, Targets
+
+
+@dataclass(frozen=True)
+class StepContext:
+    """What a forward needs to know of the step it belongs to."""
+
+    step: int
+    num_labels: int
+    """labelled positions of the whole step, over all ranks and micro-batches"""
+    num_tokens: int
+    """real tokens of the whole step"""
+    with_metrics: bool = True
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What the objective must know of a model."""
+
+    width: int
+    num_layers: int
+
+
+class HeadLoss(nn.Module):
+    """A module of its own so that ZeRO-3 gathers the head's weight here and nowhere else."""
+
+    def forward(self, hidden: Tensor, head: Head, inputs: FusedInputs) -> tuple[Tensor, Tensor, Tensor]:
+        return fused_head_loss(hidden, head, inputs)
+
+
+class Objective(nn.Module):
+    """Raises ConfigError for a layer index that a model does not have."""
+
+    def __init__(
+        self, terms: Sequence[AnyTerm], *, num_steps: int, num_ids: int, student: Shape, teacher: Shape | None
+    ) -> None:
+        super().__init__()
+        self.terms = tuple(terms)
+        self.names = _names(self.terms)
+        self.num_steps, self.num_ids = num_steps, num_ids
+        self.head_loss = HeadLoss()
+        self.logit_terms = [i for i, term in enumerate(self.terms) if not isinstance(term, HiddenTerm)]
+        self.all_tokens = any(isinstance(t, LogitTerm) and t.restrict_to == "all" for t in self.terms)
+        self.pairs: dict[int, tuple[tuple[int, int], ...]] = {}
+        self.projections = nn.ModuleDict()
+        for i, term in enumerate(self.terms):
+            if isinstance(term, HiddenTerm):
+                assert teacher is not None, "hidden terms without a teacher are refused while resolving"
+                self.pairs[i] = _checked_pairs(i, term, student, teacher)
+                if student.width != teacher.width:
+                    for number in range(len(self.pairs[i])):
+                        self.projections[f"{i}_{number}"] = nn.Linear(student.width, teacher.width, bias=False)
+
+    @property
+    def needs_hidden_states(self) -> bool:
+        return bool(self.pairs)
+
+    @property
+    def metric_names(self) -> list[str]:
+        """Names of the vector that ``forward`` returns; all but the ``*_tokens`` ones are sums over labelled rows."""
+        return [f"{name}{suffix}" for suffix in ("", "_weighted") for name in self.names] + list(METRICS)
+
+    @property
+    def over_tokens(self) -> list[bool]:
+        """For each metric, whether it is a sum over all real tokens instead of the labelled ones."""
+        sets = [getattr(term, "restrict_to", "masked") == "all" for term in self.terms]
+        return sets + sets + [False] * len(METRICS)
+
+    def rows(self, batch: Batch) -> Tensor:
+        """The positions whose logits are needed, as flat indices [N]."""
+        return batch.token_rows if self.all_tokens else batch.label_rows
+
+    def weight(self, index: int, step: int) -> float:
+        return self._at(self.terms[index].weight, step)
+
+    def _at(self, value: Scheduled, step: int) -> float:
+        if isinstance(value, Ramp):
+            end_step = value.to_step or self.num_steps
+            return between(value.start, value.end, value.shape, step, value.from_step, end_step)
+        return float(value)
+
+    def forward(
+        self,
+        head_input: Tensor,
+        hidden_states: tuple[Tensor, ...],
+        head: Head,
+        batch: Batch,
+        targets: Targets | None,
+        context: StepContext,
+    ) -> tuple[Tensor, Tensor]:
+        """The micro-batch's part of the step's loss, and its metric sums.
+
+        Args:
+            head_input: [B, T, H] states that go into the student's head.
+            hidden_states: the student's, [B, T, H] each, when a hidden term asks for them.
+
+        Returns:
+            Scalar fp32 loss; [len(metric_names)] fp32 sums without gradient.
+        """
+        rows = self.rows(batch)
+        num_labels, num_tokens = max(1, context.num_labels), max(1, context.num_tokens)
+        losses = [self._logit_loss(i, context.step, num_labels / num_tokens) for i in self.logit_terms]
+        inputs = FusedInputs(
+            labels=batch.labels.flatten()[rows] if rows.numel() else batch.labels.new_empty(0),
+            all_labelled=not self.all_tokens,
+            targets=targets,
+            losses=losses,
+            num_ids=self.num_ids,
+            with_metrics=context.with_metrics,
+            with_gradient=torch.is_grad_enabled() and bool(losses),
+        )
+        total, logit_raw, metrics = self.head_loss(select_rows(head_input, rows), head, inputs)
+        loss = total / num_labels
+        raw = list(torch.unbind(logit_raw))
+        for i in self.pairs:
+            value = self._hidden_value(i, hidden_states, targets, batch)
+            over = num_tokens if self.terms[i].restrict_to == "all" else num_labels
+            loss = loss + value * (self.weight(i, context.step) / over)
+            raw.insert(i, value.detach())
+        weighted = [value * self.weight(i, context.step) for i, value in enumerate(raw)]
+        return loss, torch.cat([torch.stack(raw + weighted), metrics])
+
+    def _logit_loss(self, index: int, step: int, labels_per_token: float) -> LogitLoss:
+        term = self.terms[index]
+        weight = self.weight(index, step)
+        if isinstance(term, CrossEntropy):
+            return LogitLoss("cross_entropy", weight)
+        assert isinstance(term, LogitTerm)
+        everywhere = term.restrict_to == "all"
+        return LogitLoss(
+            kind=term.kind,
+            coefficient=weight * labels_per_token if everywhere else weight,
+            temperature=self._at(term.temperature, step),
+            parameter=getattr(term, "beta", getattr(term, "alpha", None)),
+            labelled_only=not everywhere,
+        )
+
+    def _hidden_value(self, index: int, states: tuple[Tensor, ...], targets: Targets | None, batch: Batch) -> Tensor:
+        term = self.terms[index]
+        assert targets is not None
+        rows = batch.token_rows if term.restrict_to == "all" else batch.label_rows
+        total = states[0].new_zeros((), dtype=torch.float32)
+        for number, (student_layer, teacher_layer) in enumerate(self.pairs[index]):
+            ours = select_rows(states[student_layer], rows)
+            if (name := f"{index}_{number}") in self.projections:
+                ours = self.projections[name](ours)
+            total = total + HIDDEN_LOSSES[term.kind](ours, select_rows(targets.hidden_states[teacher_layer], rows))
+        return total / len(self.pairs[index])
+
+
+def _names(terms: Sequence[AnyTerm]) -> list[str]:
+    """The kind of each term; a second one of a kind gets a number."""
+    kinds: list[Any] = [term.kind for term in terms]
+    return [k if kinds[:i].count(k) == 0 else f"{k}_{kinds[:i].count(k) + 1}" for i, k in enumerate(kinds)]
+
+
+def _checked_pairs(index: int, term: HiddenTerm, student: Shape, teacher: Shape) -> tuple[tuple[int, int], ...]:
+    try:
+        return layer_pairs(term.layers, student.num_layers, teacher.num_layers)
+    except IndexError as out_of_range:
+        name, layer, highest = out_of_range.args
+        raise ConfigError(
+            f"losses.{index}.layers: the {name} has no layer {layer}; 0 is its embeddings, {highest} its last layer"
+        ) from None
