@@ -12,12 +12,15 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Count = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[float, Field(ge=0.0)]
+Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
 class Section(BaseModel):
     """Unknown keys are refused, values never change after parsing."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=(), allow_inf_nan=False
+    )
 
 
 class RunSection(Section):
@@ -102,7 +105,9 @@ class StudentSection(ModelSection):
     def _one_origin(self) -> StudentSection:
         origins = [name for name in ("model", "config", "init") if getattr(self, name) is not None]
         if len(origins) != 1:
-            raise ValueError(f"give exactly one of student.model, student.config and student.init, found {origins or 'none'}")
+            raise ValueError(
+                f"give exactly one of student.model, student.config and student.init, found {origins or 'none'}"
+            )
         if (self.init is None) != (self.layers is None):
             raise ValueError("student.layers goes with student.init: teacher_layers")
         return self
@@ -169,8 +174,18 @@ class Ramp(Section):
     to_step: Count | None = None
     """Step at which it arrives. Default: the last."""
 
+    @model_validator(mode="after")
+    def _forwards(self) -> Ramp:
+        if self.to_step is not None and self.to_step <= self.from_step:
+            raise ValueError(f"to_step {self.to_step} is not after from_step {self.from_step}")
+        return self
+
 
 Scheduled = float | Ramp
+
+
+def _lowest(value: Scheduled) -> float:
+    return min(value.start, value.end) if isinstance(value, Ramp) else value
 
 
 class Term(Section):
@@ -178,6 +193,12 @@ class Term(Section):
 
     weight: Scheduled = 1.0
     """Factor in the objective, or a ramp."""
+
+    @model_validator(mode="after")
+    def _weight_not_negative(self) -> Term:
+        if _lowest(self.weight) < 0.0:
+            raise ValueError(f"weight is {_lowest(self.weight)} at its lowest; it must not be negative")
+        return self
 
 
 class LogitTerm(Term):
@@ -187,6 +208,12 @@ class LogitTerm(Term):
     """Divides both models' logits, or a ramp."""
     restrict_to: Literal["masked", "all"] = "masked"
     """`masked`: positions with a label. `all`: every real token (DistilBERT without restrict_ce_to_mask)."""
+
+    @model_validator(mode="after")
+    def _temperature_positive(self) -> LogitTerm:
+        if _lowest(self.temperature) <= 0.0:
+            raise ValueError(f"temperature is {_lowest(self.temperature)} at its lowest; it must be above 0")
+        return self
 
 
 class ForwardKL(LogitTerm):
@@ -263,7 +290,7 @@ class OptimizerSection(Section):
 
     learning_rate: Annotated[float, Field(gt=0)] = 5e-4
     """Peak learning rate."""
-    betas: tuple[float, float] = (0.9, 0.98)
+    betas: tuple[Beta, Beta] = (0.9, 0.98)
     """Decay of the two moments."""
     eps: Annotated[float, Field(gt=0)] = 1e-6
     """Added to the root of the second moment."""
