@@ -53,8 +53,8 @@ class DataOrder:
         epoch, in_epoch = divmod(sequence, self.sequences_per_epoch)
         offset, lane = divmod(in_epoch, self.lanes)
         window, in_window = divmod(offset, self._window)
-        on_line = lane * self.lane_samples + window * self._window + int(self._window_order(epoch, lane, window)[in_window])
-        return self._on_line(epoch, on_line)
+        start = lane * self.lane_samples + window * self._window
+        return self._on_line(epoch, start + int(self._window_order(epoch, lane, window)[in_window]))
 
     def _window_order(self, epoch: int, lane: int, window: int) -> np.ndarray:
         name = (epoch, lane, window)

@@ -1,4 +1,4 @@
-"""The objective: a weighted sum of terms over the positions that count, each divided by the step's global number of them.
+"""The objective: a weighted sum of terms, each a sum over positions divided by the step's global number of them.
 
 So the gradient does not depend on how a step is cut into ranks, accumulation and micro-batches.
 """

@@ -1,0 +1,191 @@
+"""Checkpoints on disk: what makes one complete, which one is newest, which ones go.
+
+    checkpoints/step_00001000/  zero/ (DeepSpeed's files)  state/rank_00000.pt  meta.json  COMPLETE
+
+A save copies the state, then a thread on each rank writes and syncs its files and puts ``state/rank_N.done`` beside
+them. When all ranks' marks are there, rank 0 renames the folder to its final name and writes COMPLETE, last. A
+checkpoint without COMPLETE does not exist: it is never loaded and is removed at the next start.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from engine.dist import Control
+from engine.errors import CheckpointError
+
+FORMAT_VERSION = 1
+COMPLETE, META = "COMPLETE", "meta.json"
+POLL_SECONDS = 0.02
+PATIENCE_SECONDS = 1800.0
+"""How long rank 0 waits for the files of the slowest rank."""
+
+
+def complete_checkpoints(folder: Path) -> list[Path]:
+    """The complete checkpoints below ``folder``, oldest first."""
+    return sorted(path.parent for path in folder.glob(f"step_*/{COMPLETE}"))
+
+
+def read_meta(checkpoint: Path) -> dict[str, Any]:
+    """Raises CheckpointError for a folder that is no complete checkpoint, or one of a newer format."""
+    if not (checkpoint / COMPLETE).is_file():
+        raise CheckpointError(f"{checkpoint}: not a complete checkpoint (no {COMPLETE} file in it)")
+    meta = json.loads((checkpoint / META).read_text())
+    if meta["format_version"] > FORMAT_VERSION:
+        raise CheckpointError(
+            f"{checkpoint}: format version {meta['format_version']} is newer than this Stillhouse reads "
+            f"({FORMAT_VERSION}); update Stillhouse"
+        )
+    return meta
+
+
+def newest(folder: Path) -> Path:
+    """Raises CheckpointError when there is none."""
+    found = complete_checkpoints(folder)
+    if not found:
+        raise CheckpointError(f"{folder}: holds no complete checkpoint")
+    return found[-1]
+
+
+class CheckpointStore:
+    """The checkpoints of one run. All methods but ``finish_writing`` are collective."""
+
+    def __init__(self, folder: Path, control: Control, keep: int) -> None:
+        self.folder, self.keep = folder, keep
+        self.last_bytes = 0
+        self._control = control
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint-finisher")
+        self._unfinished: Future[int] | None = None
+
+    def remove_incomplete(self) -> None:
+        """Clear away what a killed run left half written."""
+        if self._control.is_main and self.folder.is_dir():
+            for path in self.folder.glob("step_*"):
+                if not (path / COMPLETE).is_file():
+                    shutil.rmtree(path)
+        self._control.barrier()
+
+    def save(
+        self,
+        step: int,
+        save_engine: Callable[[Path], list[Future[int]]],
+        rank_state: dict[str, Any],
+        meta: dict[str, Any],
+    ) -> None:
+        """Copy the state after ``step`` steps and write it in the background.
+
+        Raises CheckpointError, on all ranks, when this save cannot begin or the one before it failed on any rank.
+        """
+        self.finish_writing()
+        final = self.folder / f"step_{step:08d}"
+        if self._control.from_main((final / COMPLETE).is_file()):
+            return
+        temporary = self.folder / f"{final.name}.tmp"
+        files: list[Future[int]] = []
+        problem = None
+        try:
+            if self._control.is_main:
+                shutil.rmtree(temporary, ignore_errors=True)
+                (temporary / "state").mkdir(parents=True)
+        except OSError as error:
+            problem = f"{temporary}: cannot be made ({error})"
+        self._raise_together(problem)
+        try:
+            files = save_engine(temporary)
+        except CheckpointError as error:
+            problem = str(error)
+        self._raise_together(problem)
+        meta = {**meta, "format_version": FORMAT_VERSION, "step": step, "world_size": self._control.ranks.world_size}
+        self._unfinished = self._thread.submit(self._finish, temporary, final, files, rank_state, meta)
+
+    def finish_writing(self) -> None:
+        """Wait until the last save is complete. Raises CheckpointError, on all ranks, if it failed on any."""
+        problem = None
+        if self._unfinished is not None:
+            try:
+                self.last_bytes = self._unfinished.result()
+            except (CheckpointError, OSError) as error:
+                problem = str(error)
+            self._unfinished = None
+        self._raise_together(problem)
+
+    def _raise_together(self, problem: str | None) -> None:
+        problems = sorted({text for text in self._control.gather(problem) if text})
+        if problems:
+            left = complete_checkpoints(self.folder)
+            rest = f"the last complete checkpoint is {left[-1]}" if left else "no complete checkpoint exists yet"
+            raise CheckpointError("; ".join(problems) + f"; {rest}")
+
+    def _finish(
+        self,
+        temporary: Path,
+        final: Path,
+        files: list[Future[int]],
+        rank_state: dict[str, Any],
+        meta: dict[str, Any],
+    ) -> int:
+        rank = self._control.ranks.rank
+        mark = temporary / "state" / f"rank_{rank:05d}"
+        try:
+            num_bytes = sum(file.result() for file in files)
+            torch.save(rank_state, mark.with_suffix(".pt"))
+            _sync(mark.with_suffix(".pt"))
+        except Exception:
+            _write_text(mark.with_suffix(".failed"), "")
+            raise
+        _write_text(mark.with_suffix(".done"), str(num_bytes))
+        if self._control.is_main:
+            num_bytes = self._await_ranks(temporary / "state")
+            for done in (temporary / "state").glob("*.done"):
+                done.unlink()
+            _write_text(temporary / META, json.dumps({**meta, "num_bytes": num_bytes}, indent=1))
+            os.rename(temporary, final)
+            _sync(final.parent)
+            _write_text(final / COMPLETE, "")
+            self._prune()
+        return num_bytes
+
+    def _await_ranks(self, marks: Path) -> int:
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while True:
+            done = list(marks.glob("rank_*.done"))
+            if len(done) == self._control.ranks.world_size:
+                return sum(int(path.read_text()) for path in done)
+            if failed := sorted(path.stem for path in marks.glob("rank_*.failed")):
+                raise CheckpointError(
+                    f"{marks.parent}: not completed, since {', '.join(failed)} could not write its part"
+                )
+            if time.monotonic() > deadline:
+                raise CheckpointError(f"{marks.parent}: {len(done)} ranks were done after {PATIENCE_SECONDS:.0f} s")
+            time.sleep(POLL_SECONDS)
+
+    def _prune(self) -> None:
+        for path in complete_checkpoints(self.folder)[: -self.keep]:
+            (path / COMPLETE).unlink()  # first, so that a kill half-way leaves no checkpoint that only looks whole
+            shutil.rmtree(path)
+
+
+def _write_text(path: Path, text: str) -> None:
+    """Appears whole or not at all, and stays after a power loss."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text)
+    _sync(temporary)
+    os.rename(temporary, path)
+    _sync(path.parent)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

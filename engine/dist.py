@@ -1,0 +1,96 @@
+"""Ranks, what they agree on, and the signals that ask a run to stop.
+
+Agreement travels over a gloo group on the CPU, so that asking every step never makes a GPU wait.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+@dataclass(frozen=True)
+class Ranks:
+    rank: int
+    world_size: int
+    local_rank: int
+
+
+def read_ranks() -> Ranks:
+    """From the launcher's variables; one rank alone when there are none.
+
+    A lone rank gets a rendezvous of its own, so that ``python launch/distill.py`` needs no launcher.
+    """
+    if "RANK" not in os.environ:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    environment = os.environ
+    rank = int(environment["RANK"])
+    return Ranks(rank, int(environment["WORLD_SIZE"]), int(environment.get("LOCAL_RANK", rank)))
+
+
+class Control:
+    """What ranks say to each other besides tensors. Every method is collective."""
+
+    def __init__(self, ranks: Ranks) -> None:
+        self.ranks = ranks
+        self._group = dist.new_group(backend="gloo") if ranks.world_size > 1 else None
+
+    @property
+    def is_main(self) -> bool:
+        return self.ranks.rank == 0
+
+    def sum(self, numbers: Sequence[int]) -> list[int]:
+        """The sums over all ranks."""
+        if self._group is None:
+            return list(numbers)
+        tensor = torch.tensor(numbers, dtype=torch.int64)
+        dist.all_reduce(tensor, group=self._group)
+        return tensor.tolist()
+
+    def gather(self, item: Any) -> list[Any]:
+        """The item of each rank, everywhere."""
+        if self._group is None:
+            return [item]
+        items: list[Any] = [None] * self.ranks.world_size
+        dist.all_gather_object(items, item, group=self._group)
+        return items
+
+    def from_main(self, item: Any) -> Any:
+        """Rank 0's item, everywhere."""
+        if self._group is None:
+            return item
+        items = [item]
+        dist.broadcast_object_list(items, src=0, group=self._group)
+        return items[0]
+
+    def barrier(self) -> None:
+        if self._group is not None:
+            dist.barrier(group=self._group)
+
+
+class StopSignal:
+    """SIGTERM and SIGUSR1 ask for a checkpoint and an orderly end at the next step boundary."""
+
+    SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+    def __init__(self) -> None:
+        self.received: str | None = None
+
+    def install(self) -> StopSignal:
+        for number in self.SIGNALS:
+            signal.signal(number, self._note)
+        return self
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.received = signal.Signals(number).name

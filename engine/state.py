@@ -1,0 +1,43 @@
+"""All that moves while a run goes on and is not in the weights: a few plain numbers, saved with every checkpoint."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass
+class TrainState:
+    """Position and history of a run, the same on every rank."""
+
+    step: int = 0
+    """optimizer steps done; the next step has this number"""
+    num_tokens: int = 0
+    """real tokens trained on, over all ranks"""
+    num_bad_samples: int = 0
+    """damaged records met, over all ranks"""
+    num_resumes: int = 0
+    elapsed_seconds: float = 0.0
+    """time in training over all sessions of the run"""
+    best_loss: float | None = None
+    """lowest held-out loss so far"""
+    plateau_evaluations: int = 0
+    """evaluations since then, for the plateau schedule"""
+    plateau_factor: float = 1.0
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @staticmethod
+    def from_dict(content: dict[str, Any]) -> TrainState:
+        return TrainState(**content)
+
+    def note_evaluation(self, loss: float, *, patience: int, factor: float, floor: float) -> None:
+        """Keep the best held-out loss, and cut the plateau factor after ``patience`` evaluations without a better."""
+        if self.best_loss is None or loss < self.best_loss:
+            self.best_loss, self.plateau_evaluations = loss, 0
+            return
+        self.plateau_evaluations += 1
+        if self.plateau_evaluations >= patience:
+            self.plateau_evaluations = 0
+            self.plateau_factor = max(floor, self.plateau_factor * factor)

@@ -1,0 +1,223 @@
+"""The student's DeepSpeed engine. The only module that imports deepspeed."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+
+import deepspeed
+from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointEngine
+from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+from engine.config.run import OptimizerSection
+from engine.errors import CheckpointError, TrainingError
+
+TAG = "zero"
+"""DeepSpeed's name for its folder in a checkpoint."""
+
+
+def init_distributed(timeout_seconds: float) -> torch.device:
+    """Join the process group (NCCL on GPUs, gloo on CPUs) and give this rank's device."""
+    on_gpu = torch.cuda.is_available()
+    deepspeed.init_distributed(
+        dist_backend="nccl" if on_gpu else "gloo",
+        auto_mpi_discovery=False,
+        verbose=False,
+        timeout=timedelta(seconds=timeout_seconds),
+    )
+    if not on_gpu:
+        return torch.device("cpu")
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+    torch.cuda.set_device(device)
+    return device
+
+
+def build_ops() -> None:
+    """Compile what several ranks of one CPU host share memory with, once, before ranks race to do it."""
+    if get_accelerator().device_name() == "cpu":
+        get_accelerator().create_op_builder("ShareMemCommBuilder").load(verbose=False)
+
+
+class StudentEngine:
+    """DeepSpeed around the student and its objective, in the units of this project.
+
+    DeepSpeed averages gradients over ranks and accumulation; the objective is already divided by the step's global
+    number of targets, so both averages are undone here.
+    """
+
+    def __init__(
+        self, module: nn.Module, config: dict[str, Any], optimizer: OptimizerSection, device: torch.device
+    ) -> None:
+        self.module = module
+        groups = _parameter_groups(module, optimizer.weight_decay)
+        own = None
+        if "optimizer" not in config:
+            own = torch.optim.AdamW(
+                groups,
+                lr=optimizer.learning_rate,
+                betas=optimizer.betas,
+                eps=optimizer.eps,
+                fused=device.type == "cuda",
+            )
+        self._engine, self._optimizer, _, _ = deepspeed.initialize(
+            model=module, model_parameters=None if own else groups, optimizer=own, config=config
+        )
+        self._engine.checkpoint_engine = self._writer = SnapshotWriter()
+        self.zero_stage: int = self._engine.zero_optimization_stage()
+        self._world_size = self._engine.world_size
+        if self.zero_stage == 3:
+            for parameter in (module.head.weight, module.head.bias):
+                if parameter is not None:
+                    deepspeed.zero.register_external_parameter(module.objective.head_loss, parameter)
+
+    def __call__(self, *inputs: Any) -> tuple[Tensor, Tensor]:
+        return self._engine(*inputs)
+
+    def backward(self, loss: Tensor) -> None:
+        self._engine.backward(loss * self._world_size, scale_wrt_gas=False)
+
+    def step(self, learning_rate: float) -> None:
+        """Once a micro-batch; the weights move after the last of a step.
+
+        Raises TrainingError when fp16 overflows even at the smallest loss scale.
+        """
+        for group in self._optimizer.param_groups:
+            group["lr"] = learning_rate
+        try:
+            self._engine.step()
+        except Exception as problem:
+            if "loss scale already at minimum" not in str(problem):
+                raise
+            raise TrainingError(
+                "fp16: the gradients overflow even at the smallest loss scale; use precision bf16 or fp32, a lower "
+                "learning rate, or look for damaged data"
+            ) from problem
+
+    def train(self, mode: bool = True) -> None:
+        self._engine.train(mode)
+
+    @property
+    def grad_norm(self) -> float:
+        """Of the last step, before clipping. Reading it waits for the device."""
+        norm = self._engine.get_global_grad_norm()
+        return float(norm) if norm is not None else float("nan")
+
+    @property
+    def loss_scale(self) -> float:
+        return float(getattr(self._optimizer, "cur_scale", getattr(self._optimizer, "loss_scale", 1.0)) or 1.0)
+
+    @property
+    def num_skipped_steps(self) -> int:
+        return int(self._engine.skipped_steps)
+
+    def save(self, folder: Path) -> list[Future[int]]:
+        """Take a copy of all state in host memory and write it to ``folder`` in the background.
+
+        Returns a future a file, giving its bytes; training may go on at once. Collective.
+        Raises CheckpointError when the disk has too little room for this rank's part.
+        """
+        self._writer.pending = []
+        self._engine.save_checkpoint(str(folder), tag=TAG, save_latest=False)
+        return self._writer.pending
+
+    def load(self, folder: Path) -> None:
+        """Collective. Raises CheckpointError when the files do not fit this model and this ZeRO stage."""
+        try:
+            loaded, _ = self._engine.load_checkpoint(str(folder), tag=TAG)
+        except (RuntimeError, KeyError, AssertionError, OSError, EOFError, ValueError) as problem:
+            raise CheckpointError(f"{folder}: cannot be loaded into this model: {problem}") from problem
+        if loaded is None:
+            raise CheckpointError(f"{folder}: holds no DeepSpeed checkpoint")
+
+
+class SnapshotWriter(CheckpointEngine):
+    """Copies state to host memory at once and writes it from a thread, so that a save costs a memory copy."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.name = "SnapshotWriter"
+        self.pending: list[Future[int]] = []
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint-writer")
+
+    def create(self, info: Any) -> None:
+        pass
+
+    def commit(self, info: Any) -> bool:
+        return True
+
+    def save(self, state_dict: Any, path: str) -> None:
+        snapshot = _to_host(state_dict, {})
+        num_bytes = _tensor_bytes(snapshot)
+        free = shutil.disk_usage(Path(path).parent).free
+        if num_bytes > free:
+            raise CheckpointError(
+                f"{path}: needs {num_bytes / 1e6:,.1f} MB, the disk has {free / 1e6:,.1f} MB free; "
+                "free some space and run the same command again: it resumes from the last complete checkpoint"
+            )
+        self.pending.append(self._thread.submit(_write, snapshot, path, num_bytes))
+
+    def load(self, path: str, map_location: Any = None) -> Any:
+        return torch.load(path, map_location=map_location, weights_only=False)  # DeepSpeed's own classes
+
+
+def _write(snapshot: Any, path: str, num_bytes: int) -> int:
+    try:
+        with open(path, "wb") as file:
+            torch.save(snapshot, file)
+            file.flush()
+            os.fsync(file.fileno())
+    except (OSError, RuntimeError) as problem:  # torch reports a full disk as a RuntimeError
+        raise CheckpointError(
+            f"{path}: could not be written ({problem}); it needs {num_bytes / 1e6:,.1f} MB"
+        ) from problem
+    return Path(path).stat().st_size
+
+
+def _to_host(item: Any, copies: dict[tuple[Any, ...], Tensor]) -> Any:
+    """A deep copy with every tensor in host memory; one that occurs twice is copied once."""
+    if isinstance(item, Tensor):
+        name = (item.device, item.data_ptr(), item.storage_offset(), tuple(item.shape), item.stride(), item.dtype)
+        if name not in copies or item.numel() == 0:
+            copies[name] = item.detach().to("cpu", copy=True)
+        return copies[name]
+    if isinstance(item, dict):
+        return type(item)((key, _to_host(value, copies)) for key, value in item.items())
+    if type(item) in (list, tuple, set):
+        return type(item)(_to_host(value, copies) for value in item)
+    return item
+
+
+def _tensor_bytes(item: Any) -> int:
+    if isinstance(item, Tensor):
+        return item.numel() * item.element_size()
+    if isinstance(item, dict):
+        return sum(_tensor_bytes(value) for value in item.values())
+    return sum(_tensor_bytes(value) for value in item) if isinstance(item, (list, tuple, set)) else 0
+
+
+def _parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Matrices and embeddings are decayed, norms and biases are not."""
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def consolidate(checkpoint: Path, progress: Callable[[str], None] = lambda line: None) -> dict[str, Tensor]:
+    """The fp32 weights of a checkpoint of any ZeRO stage and world size, by name, on the CPU."""
+    progress(f"gathering the weights of {checkpoint}")
+    state = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint), tag=TAG)
+    return {name: tensor for name, tensor in state.items() if isinstance(tensor, Tensor)}
