@@ -1,16 +1,23 @@
 """manifest.json: what a folder of shards holds, written last and atomically, so that it exists only when all is there.
 
 A sample is the tar records ``<key>.tokens.npy`` ([T], smallest unsigned type) and ``<key>.documents.npy`` ([D] uint32,
-tokens of each packed document). Beside ``shard-000000.tar`` lies ``shard-000000.index.npy``: [num_samples + 1] uint64,
-the byte offset of each sample and of the end of the last. ``token_counts.npy`` is [vocab_size] int64.
+tokens of each packed document). Beside ``shard-000000.tar`` lies ``shard-000000.index.npy``: [num_samples] of
+(offset uint64, num_bytes uint32, crc32 uint32), the bytes of each sample with its tar headers and padding, and their
+CRC-32. ``token_counts.npy`` is [vocab_size] int64.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from engine.data.atomic import write_atomically
+from engine.data.record import encode_array
 from engine.errors import DataError
 
 FORMAT_VERSION = 1
@@ -73,11 +80,34 @@ class Manifest:
             version = content["format_version"]
             if version > FORMAT_VERSION:
                 raise DataError(
-                    f"{where}: format version {version} is newer than this Stillhouse reads ({FORMAT_VERSION}); update Stillhouse"
+                    f"{where}: format version {version} is newer than this Stillhouse reads ({FORMAT_VERSION}); "
+                    "update Stillhouse"
                 )
             shards = tuple(ShardEntry(**entry) for entry in content.pop("shards"))
-            return Manifest(shards=shards, **content)
+            manifest = Manifest(shards=shards, **content)
+            _check_types(manifest)
+            for shard in shards:
+                _check_types(shard)
+            return manifest
         except (ValueError, KeyError, TypeError) as problem:
             raise DataError(
                 f"{where}: not a Stillhouse manifest ({problem!r}); build the shards with data_tools/build_shards.py"
             ) from problem
+
+
+def write_manifest(folder: Path, manifest: Manifest, token_counts: np.ndarray) -> Manifest:
+    """Write token_counts.npy and then, last, manifest.json. Returns the manifest with the hash of the counts."""
+    counts = encode_array(token_counts.astype("<i8"))
+    manifest = replace(manifest, token_counts_sha256=hashlib.sha256(counts).hexdigest())
+    write_atomically(folder / TOKEN_COUNTS, counts)
+    write_atomically(folder / MANIFEST, manifest.to_json().encode())
+    return manifest
+
+
+def _check_types(part: Manifest | ShardEntry) -> None:
+    for field in fields(part):
+        value = getattr(part, field.name)
+        if field.type == "int" and (type(value) is not int or value < 0):
+            raise ValueError(f"{field.name} is {value!r}, expected a number of 0 or more")
+        if field.type == "str" and not isinstance(value, str):
+            raise ValueError(f"{field.name} is {value!r}, expected text")

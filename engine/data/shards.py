@@ -1,0 +1,270 @@
+"""Shards: tar files of packed sequences, written once and read at random by their index.
+
+The only module that imports webdataset. Formats are in engine/data/manifest.py and engine/data/record.py.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import shutil
+import tempfile
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+
+from engine.data.address import (
+    BLOCK_BYTES,
+    PIPE,
+    ByteSource,
+    LocalFile,
+    OnceCache,
+    RemoteFile,
+    beside,
+    is_remote,
+    read_bytes,
+)
+from engine.data.atomic import move_into_place, write_atomically
+from engine.data.manifest import TOKEN_COUNTS, Manifest, ShardEntry
+from engine.data.record import DOCUMENTS, INDEX_DTYPE, TOKENS, DamagedRecord, decode, diagnose, encode_array
+from engine.errors import DataError
+from engine.schema import Sample
+
+CACHE_BYTES = 512 << 20
+_MAX_OPEN_SHARDS = 256
+
+
+@dataclass(frozen=True)
+class _OpenShard:
+    source: ByteSource
+    index: np.ndarray
+    """[num_samples] INDEX_DTYPE"""
+
+
+class ShardSet:
+    """The shards of one manifest; any thread may read any sample at any time.
+
+    ``cache_bytes`` bounds the blocks of remote shards kept in memory. To read shuffled windows without fetching a
+    block twice it must hold the windows being read at once: about 2 * BLOCK_BYTES a lane, more for long sequences.
+    """
+
+    def __init__(
+        self, address: str, manifest: Manifest, *, allow_pipe: bool = False, cache_bytes: int = CACHE_BYTES
+    ) -> None:
+        self.address = address
+        self.manifest = manifest
+        self._allow_pipe = allow_pipe
+        self._opened: OnceCache[int, _OpenShard] = OnceCache(_MAX_OPEN_SHARDS)
+        self._blocks: OnceCache[tuple[str, int], bytes] = OnceCache(cache_bytes // BLOCK_BYTES)
+
+    @staticmethod
+    def open(manifest_address: str, *, allow_pipe: bool = False, cache_bytes: int = CACHE_BYTES) -> ShardSet:
+        """Read the manifest at a path, an http(s):// or s3:// address, or from a ``pipe:`` command.
+
+        ``allow_pipe`` lets the address and the manifest name ``pipe:`` commands, which are run by a shell.
+        Raises DataError when the manifest is missing, of another format, or names a file that is refused.
+        """
+        content = _read_whole(manifest_address, allow_pipe)
+        manifest = Manifest.from_json(content.decode("utf-8", "replace"), manifest_address)
+        shards = ShardSet(manifest_address, manifest, allow_pipe=allow_pipe, cache_bytes=cache_bytes)
+        for entry in manifest.shards:
+            shards.address_of(entry.name)
+            shards.address_of(entry.index)
+        return shards
+
+    def token_counts(self) -> np.ndarray:
+        """[vocab_size] int64: how often each id occurs in the data. Raises DataError when missing or damaged."""
+        address = self.address_of(TOKEN_COUNTS)
+        content = read_bytes(address)
+        if hashlib.sha256(content).hexdigest() != self.manifest.token_counts_sha256:
+            raise DataError(f"{address}: not the file that the manifest names (sha256 differs); copy or build it again")
+        return _load_array(content, address, np.dtype("<i8"), self.manifest.vocab_size)
+
+    def read(self, shard: int, index: int) -> Sample:
+        """Sample ``index`` of shard number ``shard``.
+
+        Raises DataError, naming shard, key and byte offset, when the shard is missing or cut short, the record is
+        damaged or unsafe, or a token id lies outside the vocabulary.
+        """
+        entry = self.manifest.shards[shard]
+        opened = self._opened.get(shard, lambda: self._open(entry))
+        offset, num_bytes, crc32 = opened.index[index].item()
+        record = opened.source.read(offset, offset + num_bytes)
+        try:
+            if zlib.crc32(record) != crc32:
+                raise diagnose(record)
+            key, token_ids, document_tokens = decode(record)
+            self._check(key, token_ids, document_tokens)
+        except DamagedRecord as damage:
+            raise DataError(
+                f"{self.address_of(entry.name)}, sample {damage.key} (number {index}), at byte {offset:,}: {damage}; "
+                f"copy or build this shard again (data_tools/verify_shards.py lists all that is damaged)"
+            ) from damage
+        return Sample(entry.name, key, token_ids, document_tokens)
+
+    def address_of(self, name: str) -> str:
+        """Where a file named by the manifest lies. Raises DataError when the name is refused."""
+        if name.startswith(PIPE):
+            _check_pipe(name, self._allow_pipe)
+            return name
+        return beside(self.address, name)
+
+    def _check(self, key: str, token_ids: np.ndarray, document_tokens: np.ndarray) -> None:
+        num_tokens = len(token_ids)
+        if not 0 < num_tokens <= self.manifest.sequence_tokens:
+            raise DamagedRecord(f"{num_tokens} tokens, expected 1 to {self.manifest.sequence_tokens}", key)
+        documents = document_tokens.tolist()
+        if sum(documents) != num_tokens or 0 in documents:
+            raise DamagedRecord(f"documents of {documents} tokens do not add up to its {num_tokens} tokens", key)
+        highest = int(token_ids.max())
+        if highest >= self.manifest.vocab_size:
+            raise DamagedRecord(f"token id {highest}, expected below {self.manifest.vocab_size}", key)
+
+    def _open(self, entry: ShardEntry) -> _OpenShard:
+        address = self.address_of(entry.name)
+        source = self._source(address)
+        if source.num_bytes != entry.num_bytes:
+            raise DataError(
+                f"{address}: {source.num_bytes:,} bytes, expected {entry.num_bytes:,} by the manifest; "
+                "the file is cut short or another one: copy or build it again"
+            )
+        index = self._read_index(entry)
+        ends = index["offset"] + index["num_bytes"]
+        if len(index) and max(int(index["offset"].max()), int(ends.max())) > entry.num_bytes:
+            raise DataError(f"{address}: its index {entry.index} points past its end; build the shard again")
+        return _OpenShard(source, index)
+
+    def _source(self, address: str) -> ByteSource:
+        if address.startswith(PIPE):
+            with tempfile.NamedTemporaryFile(prefix="stillhouse-", suffix=".tar") as spool:
+                _run_pipe(address, spool.file)
+                return LocalFile(spool.name)
+        return RemoteFile(address, self._blocks) if is_remote(address) else LocalFile(address)
+
+    def _read_index(self, entry: ShardEntry) -> np.ndarray:
+        address = self.address_of(entry.index)
+        content = _read_whole(address, self._allow_pipe)
+        if hashlib.sha256(content).hexdigest() != entry.index_sha256:
+            raise DataError(
+                f"{address}: not the index that the manifest names (sha256 differs); copy or build {entry.name} again"
+            )
+        return _load_array(content, address, INDEX_DTYPE, entry.num_samples)
+
+
+class ShardWriter:
+    """Writes one shard and its index; the bytes depend on the samples alone. Use as a context manager.
+
+    On success both files are synced and renamed into place and ``entry`` is set; after an exception neither exists.
+    """
+
+    def __init__(self, path: Path, dtype: np.dtype) -> None:
+        """``path`` is FOLDER/NAME.tar; ``dtype`` of the token ids from engine.data.record.token_dtype."""
+        from webdataset import TarWriter
+
+        self.path = path
+        self.entry: ShardEntry | None = None
+        self._dtype = dtype
+        self._num_tokens = 0
+        self._offsets = [0]
+        self._partial = path.with_name(f".{path.name}.partial")
+        self._stream = self._partial.open("wb")
+        self._tar = TarWriter(self._stream, user="", group="", mode=0o644, mtime=0, encoder=False, compress=False)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the samples so far."""
+        return self._offsets[-1]
+
+    def add(self, key: str, token_ids: np.ndarray, document_tokens: np.ndarray) -> None:
+        """Append a sample: ids [T], tokens of each of its documents [D]. The key holds no dot and no slash."""
+        documents, tokens = encode_array(document_tokens.astype("<u4")), encode_array(token_ids.astype(self._dtype))
+        self._tar.write({"__key__": key, DOCUMENTS: documents, TOKENS: tokens})
+        self._num_tokens += len(token_ids)
+        self._offsets.append(self._tar.tarstream.offset)
+
+    def __enter__(self) -> ShardWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            if kind is None:
+                self._finish()
+        finally:
+            self._stream.close()
+            self._partial.unlink(missing_ok=True)
+
+    def _finish(self) -> None:
+        self._tar.close()
+        self._stream.flush()
+        os.fsync(self._stream.fileno())
+        num_bytes = self._stream.tell()
+        index, sha256 = _scan(self._partial, self._offsets)
+        index_content = encode_array(index)
+        index_path = self.path.with_suffix(".index.npy")
+        write_atomically(index_path, index_content)
+        move_into_place(self._partial, self.path)
+        self.entry = ShardEntry(
+            name=self.path.name,
+            num_samples=len(index),
+            num_tokens=self._num_tokens,
+            num_bytes=num_bytes,
+            sha256=sha256,
+            index=index_path.name,
+            index_sha256=hashlib.sha256(index_content).hexdigest(),
+        )
+
+
+def _scan(path: Path, offsets: list[int]) -> tuple[np.ndarray, str]:
+    """The index [n] and the sha256 of a tar file, from what the disk holds rather than what was meant to be written."""
+    index = np.zeros(len(offsets) - 1, INDEX_DTYPE)
+    index["offset"], index["num_bytes"] = offsets[:-1], np.diff(offsets)
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        for sample, num_bytes in enumerate(index["num_bytes"].tolist()):
+            record = stream.read(num_bytes)
+            index["crc32"][sample] = zlib.crc32(record)
+            digest.update(record)
+        digest.update(stream.read())
+    return index, digest.hexdigest()
+
+
+def _load_array(content: bytes, address: str, dtype: np.dtype, length: int) -> np.ndarray:
+    try:
+        array = np.lib.format.read_array(io.BytesIO(content), allow_pickle=False)
+    except Exception as problem:  # NumPy's reader raises by the damage
+        raise DataError(f"{address}: not a .npy file ({problem}); build the shards again") from problem
+    if array.dtype != dtype or array.shape != (length,):
+        raise DataError(f"{address}: {array.dtype} of shape {array.shape}, expected {dtype} of shape ({length},)")
+    return array
+
+
+def _read_whole(address: str, allow_pipe: bool) -> bytes:
+    if not address.startswith(PIPE):
+        return read_bytes(address)
+    _check_pipe(address, allow_pipe)
+    content = io.BytesIO()
+    _run_pipe(address, content)
+    return content.getvalue()
+
+
+def _check_pipe(address: str, allow_pipe: bool) -> None:
+    if not allow_pipe:
+        raise DataError(
+            f"refused {address!r}: pipe: addresses run shell commands; set data.allow_pipe: true in your own "
+            "configuration if you trust it"
+        )
+
+
+def _run_pipe(address: str, target: IO[bytes]) -> None:
+    from webdataset.gopen import gopen
+
+    try:
+        with gopen(address, "rb") as stream:
+            shutil.copyfileobj(stream, target, BLOCK_BYTES)
+        target.flush()
+    except OSError as problem:
+        raise DataError(f"{address}: the command failed ({problem})") from problem
