@@ -1,0 +1,113 @@
+"""Settings of one run that contradict each other, or that would silently do nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from engine.config.run import Ramp, RunConfig, ScheduleSection, TaskSection, Term
+from engine.errors import ConfigError
+
+LABEL_TERMS = frozenset({"cross_entropy"})
+"""Terms that need no teacher."""
+
+_SCHEDULE_SETTINGS = {
+    "final_fraction": ("linear", "cosine", "wsd", "plateau"),
+    "decay_steps": ("wsd",),
+    "milestones": ("multi_step",),
+    "factor": ("multi_step", "plateau"),
+    "patience": ("plateau",),
+}
+"""Which kinds of schedule read the setting."""
+
+
+def check_run(config: RunConfig, num_steps: int) -> None:
+    """Raises ConfigError with every contradiction in ``config``, one a line."""
+    checks = (
+        _teacher(config),
+        _ramps(config, num_steps),
+        _schedule(config, num_steps),
+        _evaluation(config),
+        _masking(config),
+    )
+    if found := [problem for check in checks for problem in check]:
+        raise ConfigError("\n".join(found))
+
+
+def _teacher(config: RunConfig) -> Iterator[str]:
+    compared = [f"losses.{i} ({term.kind})" for i, term in enumerate(config.losses) if term.kind not in LABEL_TERMS]
+    if config.teacher.kind == "none":
+        if compared:
+            yield (
+                f"teacher.kind is none, but {', '.join(compared)} needs a teacher; "
+                "set teacher.kind and teacher.model, or keep cross_entropy alone"
+            )
+        if config.student.init is not None:
+            yield f"student.init: {config.student.init} needs a teacher's weights; set teacher.kind and teacher.model"
+    elif not compared and config.student.init is None:
+        yield "no term compares with the teacher, which would run for nothing; add one, or set teacher.kind: none"
+
+
+def _ramps(config: RunConfig, num_steps: int) -> Iterator[str]:
+    for name, ramp in _all_ramps(config.losses):
+        if ramp.from_step >= num_steps:
+            yield f"{name}.from_step = {ramp.from_step} is not within the run's {num_steps} steps"
+        elif ramp.to_step is not None and ramp.to_step > num_steps:
+            yield f"{name}.to_step = {ramp.to_step} is beyond the run's {num_steps} steps; leave it out to end there"
+
+
+def _all_ramps(terms: tuple[Term, ...]) -> Iterator[tuple[str, Ramp]]:
+    for index, term in enumerate(terms):
+        for field in ("weight", "temperature"):
+            value = getattr(term, field, None)
+            if isinstance(value, Ramp):
+                yield f"losses.{index}.{field}", value
+
+
+def _schedule(config: RunConfig, num_steps: int) -> Iterator[str]:
+    schedule = config.schedule
+    for name in _changed(schedule):
+        kinds = _SCHEDULE_SETTINGS.get(name)
+        if kinds is not None and schedule.kind not in kinds:
+            yield f"schedule.{name} has no effect with schedule.kind: {schedule.kind}; it is for {' and '.join(kinds)}"
+    if schedule.warmup_steps >= num_steps:
+        yield f"schedule.warmup_steps = {schedule.warmup_steps} takes all of the run's {num_steps} steps"
+    if schedule.kind == "wsd" and schedule.warmup_steps + (schedule.decay_steps or 0) > num_steps:
+        yield (
+            f"schedule.warmup_steps + schedule.decay_steps = {schedule.warmup_steps} + {schedule.decay_steps} "
+            f"is more than the run's {num_steps} steps"
+        )
+    if schedule.kind == "multi_step":
+        yield from _milestones(schedule, num_steps)
+    if schedule.kind == "plateau" and (config.evaluation.manifest is None or config.evaluation.every_steps is None):
+        yield "schedule.kind: plateau follows the held-out loss; set evaluation.manifest and evaluation.every_steps"
+
+
+def _milestones(schedule: ScheduleSection, num_steps: int) -> Iterator[str]:
+    milestones = schedule.milestones
+    if not milestones:
+        yield "schedule.kind: multi_step needs schedule.milestones, the steps at which the rate falls"
+    elif list(milestones) != sorted(set(milestones)):
+        yield f"schedule.milestones must rise, found {list(milestones)}"
+    elif milestones[-1] >= num_steps:
+        yield f"schedule.milestones: {milestones[-1]} is not within the run's {num_steps} steps"
+
+
+def _evaluation(config: RunConfig) -> Iterator[str]:
+    if config.evaluation.every_steps is not None and config.evaluation.manifest is None:
+        yield f"evaluation.every_steps = {config.evaluation.every_steps}, but there is no evaluation.manifest to score"
+
+
+def _masking(config: RunConfig) -> Iterator[str]:
+    if config.task.kind == "masked_lm":
+        return
+    for name in _changed(config.task):
+        if name.startswith("mask_"):
+            yield f"task.{name} has no effect with task.kind: {config.task.kind}"
+
+
+def _changed(section: TaskSection | ScheduleSection) -> list[str]:
+    """Settings that are not their defaults. Not those that are given: a saved run gives them all."""
+    fields = type(section).model_fields
+    return [
+        name for name, field in fields.items() if not field.is_required() and getattr(section, name) != field.default
+    ]
