@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -18,7 +18,8 @@ from engine.data.stateless import fold, permutation
 from engine.errors import DataError
 
 
-class Location(NamedTuple):
+@dataclass(frozen=True)
+class Location:
     """Sample ``index`` of shard number ``shard``, met in ``epoch``."""
 
     epoch: int

@@ -31,9 +31,9 @@ def random_bits(key: int, count: int) -> np.ndarray:
         return _mix(np.uint64(key) + _GAMMA * np.arange(1, count + 1, dtype=np.uint64))
 
 
-def uniform(key: int, count: int) -> np.ndarray:
-    """[count] float64 in (0, 1): never 0, so its logarithm is finite."""
-    return ((random_bits(key, count) >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
+def to_unit(bits: np.ndarray) -> np.ndarray:
+    """float64 in (0, 1) from uint64: never 0, so its logarithm is finite."""
+    return ((bits >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
 
 
 def permutation(key: int, count: int) -> np.ndarray:

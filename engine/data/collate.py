@@ -1,0 +1,65 @@
+"""Samples -> one padded Batch. All index arithmetic is done here in NumPy, so that no step waits for the device."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from engine.schema import IGNORE, Batch, Sample
+
+PAD_MULTIPLE = 8
+"""Widths are multiples of this: tensor cores and the memory-efficient attention kernel ask for it."""
+
+Labelled = tuple[np.ndarray, np.ndarray]
+"""input_ids [T] and labels [T] of one sample"""
+
+
+def collate(samples: Sequence[Sample], labelled: Sequence[Labelled], *, pad_id: int, sequence_tokens: int) -> Batch:
+    """Samples, each with its input ids and labels, as a Batch.
+
+    T is the longest sample rounded up to a multiple of 8, but at most ``sequence_tokens``. A sample that is not sound
+    becomes a row of padding that counts nowhere; it is one segment, so that attention over it is defined.
+    """
+    lengths = np.array([len(sample.token_ids) if sample.sound else 0 for sample in samples])
+    longest = int(lengths.max())
+    assert longest <= sequence_tokens
+    width = min(max(-(-longest // PAD_MULTIPLE), 1) * PAD_MULTIPLE, sequence_tokens)
+    input_ids = np.full((len(samples), width), pad_id, dtype=np.int64)
+    labels = np.full((len(samples), width), IGNORE, dtype=np.int64)
+    for row, (sample, length) in enumerate(zip(samples, lengths)):
+        if sample.sound:
+            input_ids[row, :length], labels[row, :length] = labelled[row]
+    segments, starts, packed = _documents(samples, lengths, width)
+    positions = np.arange(segments.size) - starts
+    positions[segments == 0] = 0
+    is_token = (np.arange(width) < lengths[:, None]).ravel()
+    return Batch(
+        input_ids=torch.from_numpy(input_ids),
+        labels=torch.from_numpy(labels),
+        segment_ids=torch.from_numpy(segments.reshape(input_ids.shape)),
+        position_ids=torch.from_numpy(positions.reshape(input_ids.shape)),
+        label_rows=torch.from_numpy(np.flatnonzero(labels != IGNORE)),
+        token_rows=torch.from_numpy(np.flatnonzero(is_token)),
+        packed=packed,
+        names=tuple(sample.name for sample in samples),
+    )
+
+
+def _documents(samples: Sequence[Sample], lengths: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray, bool]:
+    """[B*T] int32 segment ids, [B*T] where the document of each position starts, and whether the batch is packed.
+
+    Every row ends with a piece of segment 0, its padding; it is empty where the row is full. So all rows together
+    are one line of pieces, and two calls of ``repeat`` lay it out.
+    """
+    pieces: list[int] = []
+    segments: list[int] = []
+    for sample, length in zip(samples, lengths.tolist()):
+        documents = sample.document_tokens.tolist() if sample.sound else [width]
+        pieces += [*documents, width - length if sample.sound else 0]
+        segments += [*range(1, len(documents) + 1), 0]
+    sizes = np.array(pieces)
+    starts = np.cumsum(sizes) - sizes
+    packed = bool(np.count_nonzero(sizes) > len(samples))
+    return np.repeat(np.array(segments, dtype=np.int32), sizes), np.repeat(starts, sizes), packed

@@ -1,0 +1,148 @@
+"""From the data order to the micro-batches of this rank, read ahead by threads. The whole state is the step number."""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import fields, replace
+from functools import partial
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import torch
+
+from engine.data.collate import Labelled, collate
+from engine.data.manifest import Manifest
+from engine.data.order import DataOrder, Location
+from engine.errors import DataError
+from engine.schema import Batch, Sample, StepBatches
+
+log = logging.getLogger(__name__)
+
+_NOTHING = np.empty(0, dtype=np.uint16)
+
+
+class Shards(Protocol):
+    """What the loader asks of a ShardSet."""
+
+    @property
+    def manifest(self) -> Manifest: ...
+
+    def read(self, shard: int, index: int) -> Sample:
+        """Raises DataError for a damaged record."""
+
+
+class _Collated(NamedTuple):
+    batch: Batch
+    damage: tuple[DataError, ...]
+    """one for each damaged record, in the order of the sequences"""
+
+
+class Loader:
+    """The micro-batches of ``rank``, the same for any number of threads; over the ranks, for any ``world_size``.
+
+    Step t holds sequences [t * global_sequences, (t + 1) * global_sequences) of ``order``; a rank takes those whose
+    number is ``rank`` modulo ``world_size``. ``label(sample, round)`` gives input ids and labels, round = epoch.
+    """
+
+    def __init__(
+        self,
+        shards: Shards,
+        order: DataOrder,
+        label: Callable[[Sample, int], Labelled],
+        *,
+        num_steps: int,
+        global_sequences: int,
+        micro_sequences: int,
+        rank: int = 0,
+        world_size: int = 1,
+        reader_threads: int = 2,
+        prefetch_steps: int = 2,
+        max_bad_samples: int = 0,
+        num_bad_samples: int = 0,
+        pin_memory: bool = False,
+    ) -> None:
+        assert global_sequences % (micro_sequences * world_size) == 0
+        self._shards, self._order, self._label = shards, order, label
+        self._num_steps, self._global_sequences, self._micro_sequences = num_steps, global_sequences, micro_sequences
+        self._rank, self._world_size = rank, world_size
+        self._reader_threads, self._prefetch_steps = reader_threads, prefetch_steps
+        self._max_bad_samples, self._num_bad_samples = max_bad_samples, num_bad_samples
+        self._pin_memory = pin_memory
+
+    def steps(self, start_step: int = 0) -> Iterator[StepBatches]:
+        """Steps ``start_step`` to ``num_steps - 1``. Closing the iterator ends its threads.
+
+        Raises, at the step that it belongs to, whatever reading or labelling raised: DataError for the damaged
+        record that is one too many for ``max_bad_samples``.
+        """
+        num_bad_samples = self._num_bad_samples
+        ahead: deque[list[Future[_Collated]]] = deque()
+        upcoming = iter(range(start_step, self._num_steps))
+        with _reader_pool(self._reader_threads, self._pin_memory) as pool:
+            for step in range(start_step, self._num_steps):
+                for next_step in upcoming:
+                    ahead.append([pool.submit(self._collate, micro) for micro in self._micro_batches(next_step)])
+                    if len(ahead) > self._prefetch_steps:
+                        break
+                collated = [future.result() for future in ahead.popleft()]
+                for error in (error for micro in collated for error in micro.damage):
+                    num_bad_samples += 1
+                    self._accept(error, num_bad_samples)
+                epoch = step * self._global_sequences / self._order.sequences_per_epoch
+                yield StepBatches(step, epoch, tuple(micro.batch for micro in collated), num_bad_samples)
+
+    def _micro_batches(self, step: int) -> Iterator[list[Location]]:
+        """Locations of each micro-batch. They are found here, by one thread, since the order keeps a cache."""
+        first = step * self._global_sequences
+        mine = range(first + (self._rank - first) % self._world_size, first + self._global_sequences, self._world_size)
+        for start in range(0, len(mine), self._micro_sequences):
+            yield [self._order.locate(sequence) for sequence in mine[start : start + self._micro_sequences]]
+
+    def _collate(self, locations: list[Location]) -> _Collated:
+        samples: list[Sample] = []
+        labelled: list[Labelled] = []
+        damage: list[DataError] = []
+        for location in locations:
+            try:
+                sample = self._shards.read(location.shard, location.index)
+            except DataError as error:
+                damage.append(error)
+                shard = self._shards.manifest.shards[location.shard].name
+                samples.append(Sample(shard, f"record {location.index}", _NOTHING, _NOTHING, sound=False))
+                labelled.append((_NOTHING, _NOTHING))
+                continue
+            samples.append(sample)
+            labelled.append(self._label(sample, location.epoch))
+        manifest = self._shards.manifest
+        batch = collate(samples, labelled, pad_id=manifest.pad_id, sequence_tokens=manifest.sequence_tokens)
+        return _Collated(_pinned(batch) if self._pin_memory else batch, tuple(damage))
+
+    def _accept(self, error: DataError, num_bad_samples: int) -> None:
+        if num_bad_samples > self._max_bad_samples:
+            raise DataError(
+                f"{error}\nThis is damaged record number {num_bad_samples} of this rank, and data.max_bad_samples is "
+                f"{self._max_bad_samples}: restore the shard (data_tools/verify_shards.py finds the damage), or raise it"
+            ) from error
+        log.warning("damaged record %d (data.max_bad_samples %d): %s", num_bad_samples, self._max_bad_samples, error)
+
+
+@contextmanager
+def _reader_pool(num_threads: int, pin_memory: bool) -> Iterator[ThreadPoolExecutor]:
+    """On the way out, drops what has not begun and waits for what has."""
+    bind = None
+    if pin_memory:  # a new thread would make a context on device 0, whichever device the rank has
+        bind = partial(torch.cuda.set_device, torch.cuda.current_device())
+    pool = ThreadPoolExecutor(num_threads, thread_name_prefix="reader", initializer=bind)
+    try:
+        yield pool
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _pinned(batch: Batch) -> Batch:
+    tensors = {f.name: getattr(batch, f.name) for f in fields(batch) if f.name not in ("packed", "names")}
+    return replace(batch, **{name: tensor.pin_memory() for name, tensor in tensors.items()})

@@ -1,0 +1,30 @@
+"""Causal language modelling: every token of a document but its first is predicted from those before it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from engine.data.collate import Labelled
+from engine.schema import IGNORE, Batch, Sample
+from engine.tasks.packing import causal_inputs
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class CausalLM:
+    """Labels are the next token of the same document; the last position of a document has none."""
+
+    kind = "causal_lm"
+    model_class_name = "AutoModelForCausalLM"
+
+    def label(self, sample: Sample, round_number: int) -> Labelled:
+        labels = np.full(len(sample.token_ids), IGNORE, dtype=np.int64)
+        labels[:-1] = sample.token_ids[1:]
+        labels[np.cumsum(sample.document_tokens, dtype=np.int64) - 1] = IGNORE
+        return sample.token_ids, labels
+
+    def model_inputs(self, batch: Batch, model: PreTrainedModel) -> dict[str, Any]:
+        return causal_inputs(batch)

@@ -1,0 +1,63 @@
+"""What a task is, and the one that a run asks for."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+from engine.config.run import TaskSection
+from engine.data.collate import Labelled
+from engine.data.manifest import TOKEN_COUNTS, Manifest
+from engine.errors import DataError
+from engine.schema import Batch, Sample
+from engine.tasks.causal_lm import CausalLM
+from engine.tasks.masked_lm import MaskedLM
+from engine.tasks.tokenizer import fingerprint
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+class Task(Protocol):
+    """What is learned: how a sample is labelled, and how a model of the task is called."""
+
+    @property
+    def kind(self) -> str: ...
+
+    @property
+    def model_class_name(self) -> str:
+        """the transformers Auto class of its models"""
+
+    def label(self, sample: Sample, round_number: int) -> Labelled:
+        """input_ids [T] and labels [T] (the token to predict at each position, or IGNORE), as NumPy integers."""
+
+    def model_inputs(self, batch: Batch, model: PreTrainedModel) -> dict[str, Any]:
+        """Keyword arguments for ``model``, such that packed documents do not see each other."""
+
+
+def build_task(
+    config: TaskSection, tokenizer: PreTrainedTokenizerBase, manifest: Manifest, token_counts: np.ndarray
+) -> Task:
+    """The task, after checking that the shards were made for it.
+
+    ``token_counts`` [V] are those of the training shards, for mask smoothing. Raises DataError where the shards and
+    the run disagree on the task, the tokenizer or the vocabulary, ConfigError for a tokenizer unfit for the task.
+    """
+    vocab_size = max(tokenizer.get_vocab().values()) + 1
+    name = tokenizer.name_or_path
+    sides = (
+        ("task", manifest.task, "task.kind", config.kind),
+        ("tokenizer fingerprint", manifest.tokenizer, f"tokenizer {name!r}, fingerprint", fingerprint(tokenizer)),
+        ("vocabulary size", manifest.vocab_size, f"tokenizer {name!r}, vocabulary size", vocab_size),
+        (f"length of {TOKEN_COUNTS}", len(token_counts), "manifest's vocabulary size", manifest.vocab_size),
+    )
+    for data_has, data_value, run_has, run_value in sides:
+        if data_value != run_value:
+            raise DataError(
+                f"the shards and the run do not fit together: shards' {data_has} is {data_value}, but {run_has} is "
+                f"{run_value}; build the shards again with data_tools/build_shards.py, or change task in the run's YAML"
+            )
+    if config.kind == "masked_lm":
+        return MaskedLM(config, tokenizer, token_counts)
+    return CausalLM()
