@@ -125,7 +125,7 @@ class Loader:
         if num_bad_samples > self._max_bad_samples:
             raise DataError(
                 f"{error}\nThis is damaged record number {num_bad_samples} of this rank, and data.max_bad_samples is "
-                f"{self._max_bad_samples}: restore the shard (data_tools/verify_shards.py finds the damage), or raise it"
+                f"{self._max_bad_samples}: restore the shard (data_tools/verify_shards.py finds damage), or raise it"
             ) from error
         log.warning("damaged record %d (data.max_bad_samples %d): %s", num_bad_samples, self._max_bad_samples, error)
 

@@ -40,7 +40,7 @@ def check_packing(model: PreTrainedModel, task: Task, *, sequence_tokens: int) -
     try:
         packed = _states(model, task, [first, second])[_FIRST_TOKENS:]
         neighbour_changed = _states(model, task, [other, second])[_FIRST_TOKENS:]
-        alone = _states(model, task, [second])
+        alone = _states_alone(model, second)
     except (TypeError, ValueError, IndexError, RuntimeError) as problem:
         raise ConfigError(f"{_describe(model)} fails on packed documents ({problem}); {_REMEDY}") from problem
     finally:
@@ -80,6 +80,13 @@ def _states(model: PreTrainedModel, task: Task, documents: list[np.ndarray]) -> 
     batch = _toy_batch(documents).to(model.device)
     states: Tensor = model.base_model(**task.model_inputs(batch, model))[0]
     return states[0, : sum(map(len, documents))].float()
+
+
+@torch.no_grad()
+def _states_alone(model: PreTrainedModel, document: np.ndarray) -> Tensor:
+    """[T, H] by the model's own lights: nothing is passed but the ids, so no mistake of a task repeats itself here."""
+    states: Tensor = model.base_model(input_ids=torch.from_numpy(document)[None].to(model.device))[0]
+    return states[0].float()
 
 
 def _toy_batch(documents: list[np.ndarray]) -> Batch:

@@ -13,7 +13,7 @@ from engine.errors import DataError
 from engine.schema import Batch, Sample
 from engine.tasks.causal_lm import CausalLM
 from engine.tasks.masked_lm import MaskedLM
-from engine.tasks.tokenizer import fingerprint
+from engine.tasks.tokenizer import fingerprint, vocab_size
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -44,12 +44,11 @@ def build_task(
     ``token_counts`` [V] are those of the training shards, for mask smoothing. Raises DataError where the shards and
     the run disagree on the task, the tokenizer or the vocabulary, ConfigError for a tokenizer unfit for the task.
     """
-    vocab_size = max(tokenizer.get_vocab().values()) + 1
     name = tokenizer.name_or_path
     sides = (
         ("task", manifest.task, "task.kind", config.kind),
         ("tokenizer fingerprint", manifest.tokenizer, f"tokenizer {name!r}, fingerprint", fingerprint(tokenizer)),
-        ("vocabulary size", manifest.vocab_size, f"tokenizer {name!r}, vocabulary size", vocab_size),
+        ("vocabulary size", manifest.vocab_size, f"tokenizer {name!r}, vocabulary size", vocab_size(tokenizer)),
         (f"length of {TOKEN_COUNTS}", len(token_counts), "manifest's vocabulary size", manifest.vocab_size),
     )
     for data_has, data_value, run_has, run_value in sides:
