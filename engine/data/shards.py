@@ -175,6 +175,10 @@ class ShardWriter:
         self._tar = TarWriter(self._stream, user="", group="", mode=0o644, mtime=0, encoder=False, compress=False)
 
     @property
+    def num_samples(self) -> int:
+        return len(self._offsets) - 1
+
+    @property
     def num_bytes(self) -> int:
         """Bytes of the samples so far."""
         return self._offsets[-1]

@@ -1,0 +1,156 @@
+"""Texts to token ids in a pool of processes, in order."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from itertools import chain
+from multiprocessing.connection import wait
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
+
+import numpy as np
+
+from engine.errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_BATCH_CHARACTERS = 1 << 18
+_BATCHES_AHEAD = 4
+
+Tag = TypeVar("Tag")
+
+
+class TokenizerSpec(NamedTuple):
+    """What a process needs to make the same tokenizer: the whole of a fast one, or the name of another."""
+
+    content: str | None
+    name: str
+
+    @staticmethod
+    def of(tokenizer: PreTrainedTokenizerBase) -> TokenizerSpec:
+        if not tokenizer.is_fast:
+            return TokenizerSpec(None, tokenizer.name_or_path)
+        return TokenizerSpec(tokenizer.backend_tokenizer.to_str(), tokenizer.name_or_path)
+
+
+class _Encoded(NamedTuple):
+    """The ids of some texts: one array travels between processes faster than many."""
+
+    ids: np.ndarray
+    """uint32, of all texts end to end"""
+    ends: np.ndarray
+    """where each text ends"""
+
+
+class Encoder:
+    """Token ids of texts, without special tokens around them."""
+
+    def __init__(self, spec: TokenizerSpec) -> None:
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
+        self._fast: Any = None
+        if spec.content is None:
+            from engine.tasks.tokenizer import load_tokenizer
+
+            self._slow = load_tokenizer(spec.name)
+        else:
+            from tokenizers import Tokenizer
+
+            self._fast = Tokenizer.from_str(spec.content)
+            self._fast.no_padding()
+            self._fast.no_truncation()
+
+    def __call__(self, texts: list[str]) -> _Encoded:
+        if self._fast is None:
+            lists = self._slow(texts, add_special_tokens=False, verbose=False)["input_ids"]
+        else:
+            lists = [encoding.ids for encoding in self._fast.encode_batch_fast(texts, add_special_tokens=False)]
+        ends = np.cumsum([len(ids) for ids in lists])
+        return _Encoded(np.fromiter(chain.from_iterable(lists), np.uint32, int(ends[-1])), ends)
+
+
+class _Batch(Generic[Tag]):
+    def __init__(self) -> None:
+        self.tags: list[Tag] = []
+        self.texts: list[str] = []
+
+
+def encode_in_order(
+    texts: Iterable[tuple[Tag, str]], spec: TokenizerSpec, workers: int
+) -> Iterator[tuple[Tag, np.ndarray]]:
+    """Each text's tag and ids [tokens], in the order of the texts, whatever the number of ``workers``.
+
+    Raises DataError when a process dies.
+    """
+    if workers == 1:
+        encoder = Encoder(spec)
+        for batch in _batches(texts):
+            yield from _tagged(batch.tags, encoder(batch.texts))
+        return
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(workers, context, initializer=_start_process, initargs=(spec,))
+    waiting: deque[tuple[list[Tag], Future[_Encoded]]] = deque()
+    try:
+        for batch in _batches(texts):
+            waiting.append((batch.tags, pool.submit(_encode, batch.texts)))
+            if len(waiting) >= _BATCHES_AHEAD * workers:
+                tags, oldest = waiting.popleft()
+                yield from _tagged(tags, oldest.result())
+        for tags, oldest in waiting:
+            yield from _tagged(tags, oldest.result())
+    except BrokenProcessPool as problem:
+        raise DataError(
+            "a tokenizer process died, perhaps for want of memory; run the same command again to go on after the last "
+            f"finished shard, with fewer than --workers {workers} if memory is short"
+        ) from problem
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _tagged(tags: list[Tag], encoded: _Encoded) -> Iterator[tuple[Tag, np.ndarray]]:
+    start = 0
+    for tag, end in zip(tags, encoded.ends.tolist()):
+        yield tag, encoded.ids[start:end]
+        start = end
+
+
+def _batches(texts: Iterable[tuple[Tag, str]]) -> Iterator[_Batch[Tag]]:
+    batch: _Batch[Tag] = _Batch()
+    characters = 0
+    for tag, text in texts:
+        batch.tags.append(tag)
+        batch.texts.append(text)
+        characters += len(text)
+        if characters >= _BATCH_CHARACTERS:
+            yield batch
+            batch, characters = _Batch(), 0
+    if batch.texts:
+        yield batch
+
+
+_encoder: Encoder
+
+
+def _start_process(spec: TokenizerSpec) -> None:
+    global _encoder
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_leave_with_parent, daemon=True).start()
+    _encoder = Encoder(spec)
+
+
+def _leave_with_parent() -> None:
+    """A pool's process would outlive a killed parent: it holds the other end of its queue itself, and waits."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    wait([parent.sentinel])
+    os._exit(1)
+
+
+def _encode(texts: list[str]) -> _Encoded:
+    return _encoder(texts)
