@@ -12,7 +12,7 @@ from typing import Any
 __version__ = "0.1.0"
 __all__ = ["Distiller", "RunConfig"]
 
-_HOMES = {"Distiller": "engine.build", "RunConfig": "engine.config.run"}
+_HOMES = {"Distiller": "engine.distiller", "RunConfig": "engine.config.run"}
 
 
 def __getattr__(name: str) -> Any:

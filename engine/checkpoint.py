@@ -90,7 +90,6 @@ class CheckpointStore:
         if self._control.from_main((final / COMPLETE).is_file()):
             return
         temporary = self.folder / f"{final.name}.tmp"
-        files: list[Future[int]] = []
         problem = None
         try:
             if self._control.is_main:
@@ -99,11 +98,9 @@ class CheckpointStore:
         except OSError as error:
             problem = f"{temporary}: cannot be made ({error})"
         self._raise_together(problem)
-        try:
-            files = save_engine(temporary)
-        except CheckpointError as error:
-            problem = str(error)
-        self._raise_together(problem)
+        files = save_engine(temporary)
+        refused = [str(file.exception()) for file in files if file.done() and file.exception()]
+        self._raise_together(refused[0] if refused else None)
         meta = {**meta, "format_version": FORMAT_VERSION, "step": step, "world_size": self._control.ranks.world_size}
         self._unfinished = self._thread.submit(self._finish, temporary, final, files, rank_state, meta)
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
+
 
 @dataclass
 class TrainState:
@@ -41,3 +43,17 @@ class TrainState:
         if self.plateau_evaluations >= patience:
             self.plateau_evaluations = 0
             self.plateau_factor = max(floor, self.plateau_factor * factor)
+
+
+def rng_state() -> dict[str, Any]:
+    """This rank's generators: what dropout needs to go on as if nothing had happened."""
+    state: dict[str, Any] = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def set_rng_state(state: dict[str, Any]) -> None:
+    torch.set_rng_state(state["cpu"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])

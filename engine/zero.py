@@ -124,8 +124,8 @@ class StudentEngine:
     def save(self, folder: Path) -> list[Future[int]]:
         """Take a copy of all state in host memory and write it to ``folder`` in the background.
 
-        Returns a future a file, giving its bytes; training may go on at once. Collective.
-        Raises CheckpointError when the disk has too little room for this rank's part.
+        Returns a future a file, giving its bytes, or raising CheckpointError when the disk has too little room;
+        training may go on at once. Collective.
         """
         self._writer.pending = []
         self._engine.save_checkpoint(str(folder), tag=TAG, save_latest=False)
@@ -160,11 +160,16 @@ class SnapshotWriter(CheckpointEngine):
         snapshot = _to_host(state_dict, {})
         num_bytes = _tensor_bytes(snapshot)
         free = shutil.disk_usage(Path(path).parent).free
-        if num_bytes > free:
-            raise CheckpointError(
-                f"{path}: needs {num_bytes / 1e6:,.1f} MB, the disk has {free / 1e6:,.1f} MB free; "
-                "free some space and run the same command again: it resumes from the last complete checkpoint"
+        if num_bytes > free:  # told through the future: raising here would leave the other ranks in a barrier
+            refused: Future[int] = Future()
+            refused.set_exception(
+                CheckpointError(
+                    f"{path}: needs {num_bytes / 1e6:,.1f} MB, the disk has {free / 1e6:,.1f} MB free; "
+                    "free some space and run the same command again: it resumes from the last complete checkpoint"
+                )
             )
+            self.pending.append(refused)
+            return
         self.pending.append(self._thread.submit(_write, snapshot, path, num_bytes))
 
     def load(self, path: str, map_location: Any = None) -> Any:

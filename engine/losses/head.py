@@ -42,6 +42,10 @@ class HeadTap:
         state, self.state = self.state, None
         return state
 
+    def remove(self) -> None:
+        """Give the head its own forward back, for good."""
+        del self.module.forward
+
     @contextmanager
     def removed(self) -> Iterator[None]:
         """The model as it was: its forward gives logits again."""

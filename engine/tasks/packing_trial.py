@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -53,6 +53,11 @@ def check_packing(model: PreTrainedModel, task: Task, *, sequence_tokens: int) -
         raise ConfigError(
             f"{_describe(model)} gives a packed document other states than the same document alone; {_REMEDY}"
         )
+
+
+def toy_inputs(model: PreTrainedModel, task: Task) -> dict[str, Any]:
+    """Inputs for one forward pass over a few tokens."""
+    return task.model_inputs(_toy_batch([_toy_ids(model)[:_FIRST_TOKENS]]).to(model.device), model)
 
 
 def _check_positions(model: PreTrainedModel, sequence_tokens: int) -> None:

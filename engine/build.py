@@ -1,0 +1,131 @@
+"""From parts to a trainer: everything is made here and handed over finished."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+
+from engine.checkpoint import CheckpointStore
+from engine.cost import peak_flops, training_flops_per_token
+from engine.data.loader import Loader
+from engine.data.order import DataOrder
+from engine.data.shards import ShardSet
+from engine.dist import StopSignal
+from engine.evaluation import Evaluator
+from engine.losses.objective import Objective, Shape
+from engine.metrics import RecordMaker
+from engine.parts import Parts, Place
+from engine.resume import load_checkpoint, open_run_folder
+from engine.state import TrainState
+from engine.student.module import StudentWithObjective
+from engine.teacher.online import OnlineTeacher
+from engine.teacher.source import NoTeacher, TargetSource
+from engine.tracking import Tracker
+from engine.trainer import Trainer
+from engine.zero import StudentEngine
+
+
+def build_trainer(parts: Parts, place: Place, resume: str, stop: StopSignal, show: Callable[..., None]) -> Trainer:
+    """The trainer, resumed from a checkpoint where there is one. Collective."""
+    run, config = parts.run, parts.run.config
+    folder = Path(config.run.output) / config.run.name
+    store = CheckpointStore(folder / "checkpoints", place.control, config.checkpoint.keep)
+    checkpoint = open_run_folder(folder, store, parts, place, resume)
+    manifest = parts.shards.manifest
+    objective = Objective(
+        config.losses,
+        num_steps=run.num_steps,
+        num_ids=manifest.vocab_size,
+        student=_shape(parts.student.model),
+        teacher=_shape(parts.teacher) if parts.teacher is not None else None,
+    )
+    source: TargetSource = NoTeacher()
+    if parts.teacher is not None:
+        source = OnlineTeacher(parts.teacher, parts.task.model_inputs, hidden_states=objective.needs_hidden_states)
+    torch.manual_seed(config.run.seed + place.ranks.rank)  # dropout differs over the ranks
+    module = StudentWithObjective(parts.student.model, objective, parts.task.model_inputs)
+    flops = training_flops_per_token(parts.student.model, parts.teacher, sequence_tokens=manifest.sequence_tokens)
+    engine = StudentEngine(module, run.deepspeed, config.optimizer, place.device)
+    state, num_bad = TrainState(), 0
+    if checkpoint is not None:
+        state, num_bad = load_checkpoint(checkpoint, engine, parts, place)
+    tracker = Tracker(
+        folder, config.tracking, config.run.name, config.model_dump(mode="json"), state.step, place.control.is_main
+    )
+    records = RecordMaker(
+        objective,
+        num_steps=run.num_steps,
+        world_size=place.ranks.world_size,
+        device=place.device,
+        flops_per_token=flops,
+        peak_flops=_peak(place.device, run.precision),
+    )
+    meta = {"data": parts.data_identity, "zero_stage": run.zero_stage, "precision": run.precision}
+    return Trainer(
+        run=run,
+        device=place.device,
+        engine=engine,
+        objective=objective,
+        source=source,
+        loader=_loader(parts, place, num_bad),
+        evaluator=_evaluator(parts, objective, place),
+        store=store,
+        tracker=tracker,
+        control=place.control,
+        stop=stop,
+        records=records,
+        show_progress=show,
+        checkpoint_meta=meta,
+        state=state,
+    )
+
+
+def _loader(parts: Parts, place: Place, num_bad_samples: int) -> Loader:
+    run, data = parts.run, parts.run.config.data
+    order = DataOrder(
+        parts.shards.manifest.samples_per_shard,
+        seed=run.config.run.seed,
+        lanes=data.lanes,
+        shuffle_samples=data.shuffle_samples,
+    )
+    return Loader(
+        parts.shards,
+        order,
+        parts.task.label,
+        num_steps=run.num_steps,
+        global_sequences=run.batch.global_sequences,
+        micro_sequences=run.batch.micro_sequences,
+        rank=place.ranks.rank,
+        world_size=place.ranks.world_size,
+        reader_threads=data.reader_threads,
+        prefetch_steps=data.prefetch_steps,
+        max_bad_samples=data.max_bad_samples,
+        num_bad_samples=num_bad_samples,
+        pin_memory=place.device.type == "cuda",
+    )
+
+
+def _evaluator(parts: Parts, objective: Objective, place: Place) -> Evaluator | None:
+    section = parts.run.config.evaluation
+    if section.manifest is None:
+        return None
+    return Evaluator(
+        ShardSet.open(section.manifest, allow_pipe=parts.run.config.data.allow_pipe),
+        parts.task,
+        objective,
+        max_sequences=section.max_sequences,
+        batch=parts.run.batch,
+        ranks=place.ranks,
+        device=place.device,
+    )
+
+
+def _shape(model: PreTrainedModel) -> Shape:
+    return Shape(model.config.hidden_size, model.config.num_hidden_layers)
+
+
+def _peak(device: torch.device, precision: str) -> float | None:
+    return peak_flops(torch.cuda.get_device_name(device), precision) if device.type == "cuda" else None

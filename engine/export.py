@@ -1,0 +1,77 @@
+"""A checkpoint as a Hugging Face folder, checked by reading it back."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import torch
+import transformers
+from torch import Tensor
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from engine.errors import CheckpointError
+
+log = logging.getLogger("stillhouse")
+
+PREFIX = "model."
+"""Where the student lies in the module that is trained; projections of the objective are left behind."""
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def student_from_state(state: dict[str, Tensor], config_folder: Path, model_class: str) -> PreTrainedModel:
+    """The student in fp32, in evaluation mode. Raises CheckpointError when the weights are not those of its config."""
+    config = AutoConfig.from_pretrained(config_folder)
+    model: PreTrainedModel = getattr(transformers, model_class).from_config(config, dtype=torch.float32)
+    weights = {name.removeprefix(PREFIX): tensor for name, tensor in state.items() if name.startswith(PREFIX)}
+    missing, unexpected = model.load_state_dict(weights, strict=False)
+    missing = [name for name in missing if name in dict(model.named_parameters())]  # buffers are made anew
+    if missing or unexpected:
+        raise CheckpointError(
+            f"the checkpoint's weights are not those of {config_folder}: {len(missing)} missing {missing[:3]}, "
+            f"{len(unexpected)} unknown {list(unexpected)[:3]}"
+        )
+    model.tie_weights()
+    return model.eval()
+
+
+def export_student(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, card: str, dtype: str = "fp32"
+) -> Path:
+    """Write config, safetensors, tokenizer and model card to ``folder``, then read it back and compare logits.
+
+    Raises CheckpointError when what was read back gives other logits.
+    """
+    model = model.to(DTYPES[dtype])
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    (folder / "README.md").write_text(card)
+    again = getattr(transformers, _auto_class(model)).from_pretrained(folder, dtype=DTYPES[dtype]).eval()
+    ids = torch.arange(8).unsqueeze(0) % model.config.vocab_size
+    with torch.no_grad():
+        difference = (model(input_ids=ids).logits.float() - again(input_ids=ids).logits.float()).abs().max().item()
+    if not difference <= 1e-5:
+        raise CheckpointError(
+            f"{folder}: read back, the exported model gives other logits (difference {difference:.3g})"
+        )
+    log.info("exported to %s; read back, its logits are the same (difference %.1g)", folder, difference)
+    return folder
+
+
+def _auto_class(model: PreTrainedModel) -> str:
+    causal = type(model) in transformers.AutoModelForCausalLM._model_mapping.values()
+    return "AutoModelForCausalLM" if causal else "AutoModelForMaskedLM"
+
+
+def model_card(name: str, task: str, teacher: str | None, loss_lines: list[str], figures: dict[str, str]) -> str:
+    """A short README for the exported folder."""
+    pipeline = "fill-mask" if task == "masked_lm" else "text-generation"
+    origin = f"It was distilled from `{teacher}`." if teacher else "It was trained on labels alone."
+    rows = "\n".join(f"| {key} | {value} |" for key, value in figures.items())
+    terms = "\n".join(f"- {line}" for line in loss_lines)
+    return (
+        f"---\npipeline_tag: {pipeline}\ntags: [distillation, stillhouse]\n---\n\n"
+        f"# {name}\n\nMade with Stillhouse. {origin}\n\n"
+        f"Objective:\n\n{terms}\n\n| figure | value |\n|---|---|\n{rows}\n\n"
+        f'```python\nfrom transformers import pipeline\n\npipe = pipeline({pipeline!r}, model=".")\n```\n'
+    )

@@ -1,0 +1,112 @@
+"""The models, the data and the task of a run, loaded and checked against each other. Knows nothing of DeepSpeed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from engine.config.resolve import Accelerator, DataFacts, ResolvedRun, read_deepspeed_json, resolve
+from engine.config.run import RunConfig
+from engine.data.shards import ShardSet
+from engine.dist import Control, Ranks
+from engine.errors import ConfigError
+from engine.losses.head import HeadTap, check_head
+from engine.models import DTYPES, load_model
+from engine.student.build import BuiltStudent, build_student
+from engine.tasks.packing_trial import check_packing, toy_inputs
+from engine.tasks.task import Task, build_task
+from engine.tasks.tokenizer import compare_tokenizers, load_tokenizer, vocab_size
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where this process runs."""
+
+    ranks: Ranks
+    control: Control
+    device: torch.device
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a run is made of before DeepSpeed takes the student."""
+
+    run: ResolvedRun
+    shards: ShardSet
+    tokenizer: PreTrainedTokenizerBase
+    task: Task
+    student: BuiltStudent
+    teacher: PreTrainedModel | None
+
+    @property
+    def data_identity(self) -> dict[str, Any]:
+        """What the order of the data depends on: the same for the same shards wherever they lie."""
+        manifest = self.shards.manifest
+        digest = hashlib.sha256(json.dumps([shard.sha256 for shard in manifest.shards]).encode()).hexdigest()
+        return {"shards_sha256": digest, "num_samples": manifest.num_samples}
+
+
+def accelerator_of(device: torch.device) -> Accelerator:
+    """What ``device`` can train in, best first."""
+    if device.type == "cpu":
+        return Accelerator("cpu", ("fp32", "bf16"))
+    has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    return Accelerator("cuda", ("bf16", "fp16", "fp32") if has_bf16 else ("fp16", "fp32"))
+
+
+def build_parts(config: RunConfig, place: Place) -> Parts:
+    """Resolve the run, load its models, and check that all of it fits together. Needs no DeepSpeed."""
+    shards = ShardSet.open(config.data.manifest, allow_pipe=config.data.allow_pipe)
+    manifest = shards.manifest
+    content, name = read_deepspeed_json(config.zero)
+    run = resolve(
+        config,
+        world_size=place.ranks.world_size,
+        accelerator=accelerator_of(place.device),
+        data=DataFacts(manifest.num_samples, manifest.sequence_tokens, manifest.vocab_size, manifest.task),
+        deepspeed_json=content,
+        deepspeed_name=name,
+    )
+    tokenizer = _tokenizer(config)
+    task = build_task(config.task, tokenizer, manifest, shards.token_counts())
+    teacher = None
+    if config.teacher.kind == "online":
+        teacher = load_model(config.teacher, task.model_class_name, torch.float32, "teacher")
+    student = build_student(config.student, task.model_class_name, config.run.seed, teacher)
+    if config.run.gradient_checkpointing:
+        student.model.gradient_checkpointing_enable({"use_reentrant": False})
+    for model, role in ((student.model, "student"), (teacher, "teacher")):
+        if model is not None:
+            _check_model(model, task, role, vocab_size(tokenizer), manifest.sequence_tokens)
+    if teacher is not None:
+        teacher = teacher.to(place.device, DTYPES[run.teacher_precision])
+    return Parts(run, shards, tokenizer, task, student, teacher)
+
+
+def _tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
+    """The run's tokenizer, after checking that student and teacher share it."""
+    named = {"task.tokenizer": config.task.tokenizer, "teacher": config.teacher.model, "student": config.student.model}
+    if not any(named.values()):
+        raise ConfigError("no tokenizer: neither task.tokenizer, teacher.model nor student.model is given")
+    found = {role: load_tokenizer(where) for role, where in named.items() if where}
+    (first, tokenizer), *others = found.items()
+    for role, other in others:
+        compare_tokenizers(tokenizer, other, (first, role))
+    return tokenizer
+
+
+def _check_model(model: PreTrainedModel, task: Task, role: str, num_ids: int, sequence_tokens: int) -> None:
+    head = HeadTap(model)
+    with head.removed():
+        check_packing(model, task, sequence_tokens=sequence_tokens)
+    if head.module.weight.shape[0] < num_ids:
+        raise ConfigError(
+            f"{role}: its head has {head.module.weight.shape[0]:,} rows, fewer than the tokenizer's {num_ids:,} ids"
+        )
+    check_head(model, head, toy_inputs(model, task), num_ids, role)
+    head.remove()

@@ -1,0 +1,112 @@
+"""The folder of a run: who it belongs to, and what is written into it before the first step.
+
+runs/<name>/  config.yaml  ds_config.json  environment.json  metrics.jsonl  log.txt  report.html
+              student/ (config and tokenizer)  checkpoints/  export/
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from engine.config.run import RunConfig
+from engine.errors import CheckpointError
+
+CONFIG, DS_CONFIG, ENVIRONMENT = "config.yaml", "ds_config.json", "environment.json"
+FREE_TO_CHANGE = (
+    "run.output",
+    "run.num_steps",
+    "run.num_epochs",
+    "run.gradient_checkpointing",
+    "batch.micro_sequences",
+    "data.reader_threads",
+    "data.prefetch_steps",
+    "data.max_bad_samples",
+    "data.manifest",
+    "evaluation",
+    "checkpoint",
+    "tracking",
+    "zero",
+)
+"""Settings that a resumed run may change. The data's identity is checked by the manifest's hash, not by its place."""
+PACKAGES = ("torch", "deepspeed", "transformers", "tokenizers", "numpy", "webdataset", "pydantic", "stillhouse")
+
+
+def check_owner(folder: Path, config: RunConfig) -> None:
+    """Raises CheckpointError when ``folder`` belongs to a run with other settings, naming each difference."""
+    path = folder / CONFIG
+    if not path.is_file():
+        return
+    before = _flat(yaml.safe_load(path.read_text()))
+    now = _flat(config.model_dump(mode="json"))
+    changed = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
+    changed = [key for key in changed if not key.startswith(FREE_TO_CHANGE)]
+    if changed:
+        shown = "\n".join(f"  {key}: was {before.get(key)!r}, is now {now.get(key)!r}" for key in changed[:8])
+        raise CheckpointError(
+            f"{folder} belongs to a run with other settings:\n{shown}\n"
+            "give this run another run.name, or start it anew with --resume never (the old folder is kept, renamed)"
+        )
+
+
+def set_aside(folder: Path) -> Path | None:
+    """Rename an existing run folder, so that a new run starts in an empty one. Returns where the old one is."""
+    if not folder.exists():
+        return None
+    number = 1
+    while (target := folder.with_name(f"{folder.name}.{number}")).exists():
+        number += 1
+    return folder.rename(target)
+
+
+def write_start(folder: Path, config: RunConfig, deepspeed: dict[str, Any], facts: dict[str, Any]) -> None:
+    """The resolved config, the DeepSpeed JSON as used, and what the run was made with."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / CONFIG).write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, width=100))
+    (folder / DS_CONFIG).write_text(json.dumps(deepspeed, indent=2) + "\n")
+    (folder / ENVIRONMENT).write_text(json.dumps(environment() | facts, indent=2) + "\n")
+
+
+def environment() -> dict[str, Any]:
+    """Versions, machine, command and git revision."""
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = "not installed"
+    return {
+        "versions": versions,
+        "python": platform.python_version(),
+        "host": platform.node(),
+        "system": platform.platform(),
+        "command": sys.argv,
+        "git_revision": _git("rev-parse", "HEAD"),
+        "git_changes": _git("status", "--porcelain") != "",
+    }
+
+
+def _git(*words: str) -> str:
+    root = Path(__file__).resolve().parent
+    try:
+        done = subprocess.run(["git", *words], cwd=root, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return done.stdout.strip()
+
+
+def _flat(content: Any, path: str = "") -> dict[str, Any]:
+    """Nested mappings and lists as one mapping from key.path to value."""
+    if not isinstance(content, (dict, list)) or not content:
+        return {path: content}
+    flat: dict[str, Any] = {}
+    for key, value in content.items() if isinstance(content, dict) else enumerate(content):
+        flat |= _flat(value, f"{path}.{key}" if path else str(key))
+    return flat

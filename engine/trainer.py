@@ -1,0 +1,211 @@
+"""The training loop. It receives finished parts and owns nothing but their order."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from engine.checkpoint import CheckpointStore
+from engine.config.resolve import ResolvedRun
+from engine.dist import Control, StopSignal
+from engine.errors import DataError, StillhouseError, TrainingError
+from engine.evaluation import Evaluator
+from engine.losses.objective import Objective, StepContext
+from engine.meter import Meter, PhaseTimer
+from engine.metrics import RecordMaker
+from engine.schedule import learning_rate_factor
+from engine.schema import StepBatches
+from engine.state import TrainState, rng_state
+from engine.teacher.source import TargetSource
+from engine.tracking import Tracker
+from engine.zero import StudentEngine
+
+log = logging.getLogger("stillhouse")
+
+
+class Steps(Protocol):
+    def steps(self, start_step: int) -> Iterator[StepBatches]: ...
+
+
+@dataclass
+class Trainer:
+    """One run, from ``state.step`` to its end or to a request to stop."""
+
+    # what to do
+    run: ResolvedRun
+    device: torch.device
+    # parts
+    engine: StudentEngine
+    objective: Objective
+    source: TargetSource
+    loader: Steps
+    evaluator: Evaluator | None
+    store: CheckpointStore
+    tracker: Tracker
+    control: Control
+    stop: StopSignal
+    records: RecordMaker
+    show_progress: Callable[[int, dict[str, str]], None]
+    checkpoint_meta: dict[str, Any]
+    # what moves
+    state: TrainState
+
+    def __post_init__(self) -> None:
+        self.meter = Meter(len(self.objective.metric_names), self.device)
+        self.timer = PhaseTimer(self.device)
+        self.local_bad = 0
+        self.session_start = time.perf_counter() - self.state.elapsed_seconds
+
+    def train(self) -> bool:
+        """Train to the last step. Returns False when a signal asked to stop before; a checkpoint is written either way.
+
+        Raises TrainingError for a loss that is not finite, DataError for damaged data, CheckpointError for a failed
+        save: on all ranks, with the same text.
+        """
+        config, last = self.run.config, self.run.num_steps
+        batches = self.loader.steps(self.state.step)
+        self.records.begin(self.state)
+        while self.state.step < last:
+            with self.timer.phase("data", on_device=False):
+                fetched = self._fetch(batches)
+            context, stop = self._agree(fetched)
+            assert isinstance(fetched, StepBatches)
+            self._step(fetched, context)
+            self.state.step += 1
+            step = self.state.step
+            if context.with_metrics:
+                self._record(fetched.epoch)
+            if self.evaluator and config.evaluation.every_steps and step % config.evaluation.every_steps == 0:
+                self._evaluate()
+            if stop or step == last or step % config.checkpoint.every_steps == 0:
+                self._save()
+            if stop:
+                log.info("stopping at step %d: %s was received; run the same command to resume", step, stop)
+                break
+        self.store.finish_writing()
+        return self.state.step == last
+
+    def _fetch(self, batches: Iterator[StepBatches]) -> StepBatches | StillhouseError:
+        """An error of this rank is carried to the agreement, where no rank is left waiting."""
+        try:
+            return next(batches)
+        except StillhouseError as problem:
+            return problem
+
+    def _agree(self, fetched: StepBatches | StillhouseError) -> tuple[StepContext, str | None]:
+        """One small all-reduce a step: the targets of the whole step, and whether any rank failed or wants to stop."""
+        failed = isinstance(fetched, StillhouseError)
+        batches = () if isinstance(fetched, StillhouseError) else fetched.micro_batches
+        not_finite = self.meter.not_finite() if self._checks_now() else []
+        labels, tokens, bad, num_failed, num_stop, num_not_finite = self.control.sum(
+            [
+                sum(batch.num_labels for batch in batches),
+                sum(batch.num_tokens for batch in batches),
+                0 if isinstance(fetched, StillhouseError) else fetched.num_bad_samples,
+                int(failed),
+                int(self.stop.received is not None),
+                len(not_finite),
+            ]
+        )
+        if num_failed:
+            self._raise_together(fetched if isinstance(fetched, StillhouseError) else None)
+        if bad > self.run.config.data.max_bad_samples:
+            raise DataError(
+                f"{bad} damaged samples were met, more than data.max_bad_samples allows; the log names each"
+            )
+        if num_not_finite:
+            self._not_finite(not_finite)
+        self.state.num_bad_samples = bad
+        self.local_bad = 0 if isinstance(fetched, StillhouseError) else fetched.num_bad_samples
+        self.state.num_tokens += tokens
+        step, every = self.state.step + 1, self.run.config.tracking.every_steps
+        context = StepContext(self.state.step, labels, tokens, step % every == 0 or step == self.run.num_steps)
+        stop = next((name for name in self.control.gather(self.stop.received) if name), None) if num_stop else None
+        return context, stop
+
+    def _checks_now(self) -> bool:
+        """On a CPU looking at a loss costs nothing; on a GPU it waits, so it is done with the records."""
+        return self.device.type == "cpu" or self.state.step % self.run.config.tracking.every_steps == 0
+
+    def _raise_together(self, problem: StillhouseError | None) -> None:
+        texts = self.control.gather(None if problem is None else f"{type(problem).__name__}: {problem}")
+        told = [f"rank {rank}: {text}" for rank, text in enumerate(texts) if text]
+        raise problem if problem is not None else TrainingError("stopped with the others; " + "; ".join(told))
+
+    def _not_finite(self, names: list[str]) -> None:
+        every = sorted({name for part in self.control.gather(names) for name in part})
+        text = (
+            f"the loss was NaN or Inf in or before step {self.state.step} for a micro-batch of these sequences: "
+            f"{', '.join(every[:16])}{' ...' if len(every) > 16 else ''}"
+        )
+        if self.run.precision == "fp16":
+            log.warning("%s; the loss scaler skips such a step", text)
+            return
+        raise TrainingError(f"{text}; look at them, lower optimizer.learning_rate or optimizer.max_grad_norm")
+
+    def _step(self, fetched: StepBatches, context: StepContext) -> None:
+        learning_rate = self._learning_rate()
+        for micro_batch in fetched.micro_batches:
+            batch = micro_batch.to(self.device)
+            with self.timer.phase("teacher"):
+                targets = self.source.targets_for(batch, self.objective.rows(batch))
+            with self.timer.phase("student"):
+                loss, metrics = self.engine(batch, targets, context)
+                del targets
+                self.engine.backward(loss)
+            self.meter.add(metrics, loss, batch.names)
+            with self.timer.phase("optimizer"):
+                self.engine.step(learning_rate)
+        self.records.add(context)
+
+    def _learning_rate(self) -> float:
+        section = self.run.config.schedule
+        factor = learning_rate_factor(
+            section.kind,
+            self.state.step,
+            self.run.num_steps,
+            warmup_steps=section.warmup_steps,
+            final_fraction=section.final_fraction,
+            decay_steps=section.decay_steps,
+            milestones=section.milestones,
+            factor=section.factor,
+        )
+        return self.run.config.optimizer.learning_rate * factor * self.state.plateau_factor
+
+    def _record(self, epoch: float) -> None:
+        self.state.elapsed_seconds = time.perf_counter() - self.session_start
+        record = self.records.make(self.state, self.meter.take(), self.timer.take(), self.engine, epoch)
+        record["train/learning_rate"] = self._learning_rate()
+        self.tracker.record(self.state.step, record)
+        self.show_progress(self.state.step, self.records.headline(record))
+
+    def _evaluate(self) -> None:
+        assert self.evaluator is not None
+        self.engine.train(False)
+        result = self.evaluator.score(self.engine, self.source)
+        self.engine.train(True)
+        self.tracker.record(self.state.step, result.to_record())
+        section = self.run.config.schedule
+        if section.kind == "plateau":
+            self.state.note_evaluation(
+                result.student_loss, patience=section.patience, factor=section.factor, floor=section.final_fraction
+            )
+
+    def _save(self) -> None:
+        bad = self.meter.not_finite()
+        if sum(self.control.sum([len(bad)])):
+            self._not_finite(bad)
+        begin = time.perf_counter()
+        self.state.elapsed_seconds = begin - self.session_start
+        meta = self.checkpoint_meta | {"state": self.state.to_dict()}
+        self.store.save(
+            self.state.step, self.engine.save, {"rng": rng_state(), "num_bad_samples": self.local_bad}, meta
+        )
+        stall = time.perf_counter() - begin
+        self.tracker.record(self.state.step, {"seconds/checkpoint_stall": stall})
+        log.info("checkpoint at step %d: training waited %.2f s", self.state.step, stall)
