@@ -1,0 +1,6 @@
+"""report.html: what a run did and what its student kept of the teacher, in one file that asks nothing of a network."""
+
+from engine.report.page import REPORT, write_report
+from engine.report.results import RESULTS, ModelResult, Prediction, Results, Word
+
+__all__ = ["REPORT", "RESULTS", "ModelResult", "Prediction", "Results", "Word", "write_report"]

@@ -1,0 +1,162 @@
+"""Gather what lies in a run folder and fill the page."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from engine.report import quantities
+from engine.report.results import Results, write_whole
+from engine.report.verdict import tiles, verdict
+from engine.tracking import EVENTS, METRICS, read_records
+from engine.tracking.records import Record
+
+REPORT = "report.html"
+TEMPLATE = "report.html.j2"
+CONFIG_FILES = ("config.yaml", "ds_config.json")
+ENVIRONMENT = "environment.json"
+
+
+def write_report(run_folder: Path, *, results: Results | None = None) -> Path:
+    """Write report.html from the files of the run folder, and return its path. Close the tracker before.
+
+    ``results`` are kept as results.json; without them those kept earlier are shown. A run that was stopped, or has
+    written nothing, gives a page that says so. Raises CheckpointError when the folder cannot be read or written.
+    """
+    if results is None:
+        results = Results.load(run_folder)
+    else:
+        results.save(run_folder)
+    html = render(run_folder.resolve().name, _read_folder(run_folder), results)
+    write_whole(run_folder / REPORT, html)
+    return run_folder / REPORT
+
+
+@dataclass(frozen=True)
+class RunFiles:
+    """What the run left behind. A file that is missing is empty here."""
+
+    records: list[Record]
+    events: list[Record]
+    configs: list[tuple[str, str]]
+    """name and text of each configuration file"""
+    environment: list[tuple[str, str]]
+    num_steps: int | None
+    """steps that were planned"""
+
+
+def _read_folder(run_folder: Path) -> RunFiles:
+    texts = {name: _text(run_folder / name) for name in (*CONFIG_FILES, ENVIRONMENT)}
+    return RunFiles(
+        records=read_records(run_folder / METRICS),
+        events=read_records(run_folder / EVENTS),
+        configs=[(name, texts[name]) for name in CONFIG_FILES if texts[name]],
+        environment=_environment(texts[ENVIRONMENT]),
+        num_steps=_planned_steps(texts["config.yaml"]),
+    )
+
+
+def _text(path: Path) -> str:
+    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+
+
+def _environment(text: str) -> list[tuple[str, str]]:
+    """Nested keys joined with dots; the whole text as it is when it does not parse."""
+    try:
+        return list(_flat(json.loads(text or "{}"), ""))
+    except ValueError:
+        return [(ENVIRONMENT, text)]
+
+
+def _flat(value: Any, prefix: str) -> Sequence[tuple[str, str]]:
+    if isinstance(value, Mapping):
+        return [row for key, item in value.items() for row in _flat(item, f"{prefix}.{key}" if prefix else str(key))]
+    shown = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+    return [(prefix, shown)]
+
+
+def _planned_steps(config_text: str) -> int | None:
+    try:
+        run = (yaml.safe_load(config_text) or {}).get("run") or {}
+    except (yaml.YAMLError, AttributeError):
+        return None
+    steps = run.get("num_steps") if isinstance(run, dict) else None
+    return steps if isinstance(steps, int) else None
+
+
+def render(name: str, files: RunFiles, results: Results | None) -> str:
+    """The whole page as text."""
+    from engine.report import sections  # draws with matplotlib, which a run loads only at its end
+
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {
+        "number": quantities.number,
+        "share": quantities.share,
+        "count": quantities.count,
+        "size": quantities.size,
+        "duration": quantities.duration,
+        "visible": visible,
+    }
+    return environment.get_template(TEMPLATE).render(
+        name=name,
+        made=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        status=run_status(files),
+        facts=_facts(files.records),
+        verdict=verdict(results, files.records),
+        tiles=tiles(results),
+        results=results,
+        learning=sections.learning_charts(files.records, results),
+        machine=sections.machine_charts(files.records),
+        phases=sections.phases(files.records),
+        incidents=sections.incidents(files.records, files.events),
+        configs=files.configs,
+        environment=files.environment,
+    )
+
+
+def run_status(files: RunFiles) -> tuple[str, str]:
+    """How the run ended: a kind (good, fair, bad) and the words for it."""
+    steps = [item["step"] for item in (*files.records, *files.events)]
+    if not steps:
+        return "fair", "nothing recorded"
+    reached = f"{max(steps):,}" + (f" of {files.num_steps:,}" if files.num_steps else "")
+    last = files.events[-1] if files.events else {}
+    if last.get("event") != "closed":
+        return "fair", f"at step {reached}; still running, or killed"
+    kind, words = {
+        "completed": ("good", "completed"),
+        "stopped": ("fair", "stopped on request"),
+        "failed": ("bad", "failed"),
+    }.get(str(last.get("status")), ("fair", "ended"))
+    return kind, f"{words} at step {reached}"
+
+
+def _facts(records: Sequence[Record]) -> list[str]:
+    """A few words for the line below the title."""
+    from engine.report.series import last_value
+
+    facts = []
+    if (elapsed_seconds := last_value(records, "time/elapsed_seconds")) is not None:
+        facts.append(f"{quantities.duration(elapsed_seconds)} of training")
+    if (epoch := last_value(records, "data/epoch")) is not None:
+        facts.append(f"{quantities.number(epoch)} epochs of the data")
+    return facts
+
+
+def visible(word: str) -> str:
+    """A word as it can be seen: blanks that would not show get a sign."""
+    shown = word.strip(" ")
+    return shown.replace("\n", "⏎").replace("\t", "⇥") if shown else "␣" * max(1, len(word))
