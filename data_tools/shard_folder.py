@@ -8,7 +8,7 @@ import json
 import re
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -50,9 +50,13 @@ class ShardFolder:
         self._writing = ExitStack()
         folder.mkdir(parents=True, exist_ok=True)
         self._lock = self._take_lock()
-        if overwrite:
-            clear(folder)
-        self._resume()
+        try:
+            if overwrite:
+                clear(folder)
+            self._resume()
+        except BaseException:
+            self._release_lock()
+            raise
 
     @property
     def shard_bytes(self) -> int:
@@ -98,8 +102,7 @@ class ShardFolder:
         try:
             self._writing.__exit__(kind, error, at)
         finally:
-            (self.folder / _LOCK).unlink(missing_ok=True)
-            self._lock.close()
+            self._release_lock()
 
     def _take_lock(self) -> io.TextIOWrapper:
         lock = (self.folder / _LOCK).open("w")
@@ -111,6 +114,10 @@ class ShardFolder:
         except OSError:
             pass  # a file system without locks: the guard is lost, nothing else
         return lock
+
+    def _release_lock(self) -> None:
+        (self.folder / _LOCK).unlink(missing_ok=True)
+        self._lock.close()
 
     def _resume(self) -> None:
         manifest_path, progress_path = self.folder / MANIFEST, self.folder / PROGRESS
@@ -154,15 +161,22 @@ class ShardFolder:
                 raise DataError(f"{shard}: finished earlier, now missing or of another size; --overwrite starts anew")
 
     def _compare(self, path: Path, found: Manifest) -> None:
-        there, here = asdict(found), asdict(self._wanted)
-        differences = [
-            f"{name} there {there[name]!r}, here {here[name]!r}" for name in _SETTINGS if there[name] != here[name]
-        ]
+        differences = []
+        for name in _SETTINGS:
+            there, here = str(getattr(found, name)), str(getattr(self._wanted, name))
+            if there != here:
+                differences.append(f"{name} there {_beyond(there, here)!r}, here {_beyond(here, there)!r}")
         if differences:
             raise DataError(
                 f"{path}: made with other settings: {'; '.join(differences)}; give another --output, or --overwrite "
                 "to replace it"
             )
+
+
+def _beyond(setting: str, other: str) -> str:
+    """What a setting has that the other has not; of commands only those options."""
+    known = other.split(" --")
+    return " --".join(option for option in setting.split(" --") if option not in known)
 
 
 def clear(folder: Path) -> None:

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
-import signal
-import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
 from itertools import chain
-from multiprocessing.connection import wait
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 
+from data_tools.processes import process_pool
 from engine.errors import DataError
 
 if TYPE_CHECKING:
@@ -93,8 +90,7 @@ def encode_in_order(
         for batch in _batches(texts):
             yield from _tagged(batch.tags, encoder(batch.texts))
         return
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, context, initializer=_start_process, initargs=(spec,))
+    pool = process_pool(workers, _make_encoder, spec)
     waiting: deque[tuple[list[Tag], Future[_Encoded]]] = deque()
     try:
         for batch in _batches(texts):
@@ -137,19 +133,9 @@ def _batches(texts: Iterable[tuple[Tag, str]]) -> Iterator[_Batch[Tag]]:
 _encoder: Encoder
 
 
-def _start_process(spec: TokenizerSpec) -> None:
+def _make_encoder(spec: TokenizerSpec) -> None:
     global _encoder
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_leave_with_parent, daemon=True).start()
     _encoder = Encoder(spec)
-
-
-def _leave_with_parent() -> None:
-    """A pool's process would outlive a killed parent: it holds the other end of its queue itself, and waits."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    wait([parent.sentinel])
-    os._exit(1)
 
 
 def _encode(texts: list[str]) -> _Encoded:

@@ -9,6 +9,7 @@ import hashlib
 import io
 import os
 import shutil
+import tarfile
 import tempfile
 import zlib
 from dataclasses import dataclass
@@ -106,6 +107,19 @@ class ShardSet:
             ) from damage
         return Sample(entry.name, key, token_ids, document_tokens)
 
+    def check(self, shard: int) -> None:
+        """Raises DataError when the shard or its index is missing, cut short or another file."""
+        entry = self.manifest.shards[shard]
+        self._opened.get(shard, lambda: self._open(entry))
+
+    def sha256(self, shard: int) -> str:
+        """Hash of the whole shard as it lies now. Raises DataError when it cannot be read."""
+        source = self._source(self.address_of(self.manifest.shards[shard].name))
+        digest = hashlib.sha256()
+        for start in range(0, source.num_bytes, BLOCK_BYTES):
+            digest.update(source.read(start, min(start + BLOCK_BYTES, source.num_bytes)))
+        return digest.hexdigest()
+
     def address_of(self, name: str) -> str:
         """Where a file named by the manifest lies. Raises DataError when the name is refused."""
         if name.startswith(PIPE):
@@ -173,6 +187,7 @@ class ShardWriter:
         self._partial = path.with_name(f".{path.name}.partial")
         self._stream = self._partial.open("wb")
         self._tar = TarWriter(self._stream, user="", group="", mode=0o644, mtime=0, encoder=False, compress=False)
+        self._tar.tarstream.format = tarfile.USTAR_FORMAT  # TarWriter's own ``format`` does not reach the tar file
 
     @property
     def num_samples(self) -> int:
