@@ -13,11 +13,11 @@ PAD_MULTIPLE = 8
 """Widths are multiples of this: tensor cores and the memory-efficient attention kernel ask for it."""
 
 Labelled = tuple[np.ndarray, np.ndarray]
-"""input_ids [T] and labels [T] of one sample"""
+"""input_ids [N] and labels [N] of samples laid end to end; nothing for a sample that is not sound"""
 
 
-def collate(samples: Sequence[Sample], labelled: Sequence[Labelled], *, pad_id: int, sequence_tokens: int) -> Batch:
-    """Samples, each with its input ids and labels, as a Batch.
+def collate(samples: Sequence[Sample], labelled: Labelled, *, pad_id: int, sequence_tokens: int) -> Batch:
+    """Samples, with their input ids and labels, as a Batch.
 
     T is the longest sample rounded up to a multiple of 8, but at most ``sequence_tokens``. A sample that is not sound
     becomes a row of padding that counts nowhere; it is one segment, so that attention over it is defined.
@@ -26,25 +26,30 @@ def collate(samples: Sequence[Sample], labelled: Sequence[Labelled], *, pad_id: 
     longest = int(lengths.max())
     assert longest <= sequence_tokens
     width = min(max(-(-longest // PAD_MULTIPLE), 1) * PAD_MULTIPLE, sequence_tokens)
-    input_ids = np.full((len(samples), width), pad_id, dtype=np.int64)
-    labels = np.full((len(samples), width), IGNORE, dtype=np.int64)
-    for row, (sample, length) in enumerate(zip(samples, lengths)):
-        if sample.sound:
-            input_ids[row, :length], labels[row, :length] = labelled[row]
+    is_token = np.arange(width) < lengths[:, None]
+    input_ids, labels = (_grid(flat, is_token, fill) for flat, fill in zip(labelled, (pad_id, IGNORE)))
     segments, starts, packed = _documents(samples, lengths, width)
     positions = np.arange(segments.size) - starts
     positions[segments == 0] = 0
-    is_token = (np.arange(width) < lengths[:, None]).ravel()
     return Batch(
         input_ids=torch.from_numpy(input_ids),
         labels=torch.from_numpy(labels),
-        segment_ids=torch.from_numpy(segments.reshape(input_ids.shape)),
-        position_ids=torch.from_numpy(positions.reshape(input_ids.shape)),
+        segment_ids=torch.from_numpy(segments.reshape(is_token.shape)),
+        position_ids=torch.from_numpy(positions.reshape(is_token.shape)),
         label_rows=torch.from_numpy(np.flatnonzero(labels != IGNORE)),
         token_rows=torch.from_numpy(np.flatnonzero(is_token)),
         packed=packed,
         names=tuple(sample.name for sample in samples),
     )
+
+
+def _grid(flat: np.ndarray, is_token: np.ndarray, fill: int) -> np.ndarray:
+    """[B, T] int64, with ``flat`` where there are tokens."""
+    if len(flat) == is_token.size:
+        return flat.astype(np.int64, copy=False).reshape(is_token.shape)
+    grid = np.full(is_token.shape, fill, dtype=np.int64)
+    grid[is_token] = flat
+    return grid
 
 
 def _documents(samples: Sequence[Sample], lengths: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray, bool]:

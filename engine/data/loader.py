@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import fields, replace
@@ -45,14 +45,14 @@ class Loader:
     """The micro-batches of ``rank``, the same for any number of threads; over the ranks, for any ``world_size``.
 
     Step t holds sequences [t * global_sequences, (t + 1) * global_sequences) of ``order``; a rank takes those whose
-    number is ``rank`` modulo ``world_size``. ``label(sample, round)`` gives input ids and labels, round = epoch.
+    number is ``rank`` modulo ``world_size``. ``label`` is a task's, its rounds are the epochs.
     """
 
     def __init__(
         self,
         shards: Shards,
         order: DataOrder,
-        label: Callable[[Sample, int], Labelled],
+        label: Callable[[Sequence[Sample], Sequence[int]], Labelled],
         *,
         num_steps: int,
         global_sequences: int,
@@ -104,19 +104,15 @@ class Loader:
 
     def _collate(self, locations: list[Location]) -> _Collated:
         samples: list[Sample] = []
-        labelled: list[Labelled] = []
         damage: list[DataError] = []
         for location in locations:
             try:
-                sample = self._shards.read(location.shard, location.index)
+                samples.append(self._shards.read(location.shard, location.index))
             except DataError as error:
                 damage.append(error)
                 shard = self._shards.manifest.shards[location.shard].name
                 samples.append(Sample(shard, f"record {location.index}", _NOTHING, _NOTHING, sound=False))
-                labelled.append((_NOTHING, _NOTHING))
-                continue
-            samples.append(sample)
-            labelled.append(self._label(sample, location.epoch))
+        labelled = self._label(samples, [location.epoch for location in locations])
         manifest = self._shards.manifest
         batch = collate(samples, labelled, pad_id=manifest.pad_id, sequence_tokens=manifest.sequence_tokens)
         return _Collated(_pinned(batch) if self._pin_memory else batch, tuple(damage))

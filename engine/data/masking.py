@@ -5,12 +5,17 @@ So a cache of teacher targets made today fits the run that is made tomorrow, on 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from engine.data.stateless import fold, random_bits, to_unit
+from engine.data.stateless import bits_at, fold, to_unit
 from engine.schema import IGNORE
+
+_NEVER = np.iinfo(np.uint64).max
+_FATE_STREAM, _STAND_IN_STREAM = np.uint64(1 << 32), np.uint64(1 << 33)
+"""far past any position, so the three draws of a position are different numbers"""
 
 
 @dataclass(frozen=True)
@@ -42,32 +47,48 @@ def token_weights(token_counts: np.ndarray, mask_smoothing: float) -> np.ndarray
     return (counts / counts.max()) ** -mask_smoothing
 
 
-def mask_sample(
-    token_ids: np.ndarray, maskable: np.ndarray, *, key: int, settings: MaskSettings, weights: np.ndarray | None
+def mask_tokens(
+    token_ids: np.ndarray,
+    maskable: np.ndarray,
+    lengths: Sequence[int],
+    *,
+    keys: Sequence[int],
+    settings: MaskSettings,
+    weights: np.ndarray | None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """input_ids [T] int64 and labels [T] int64 (the token where it is to be predicted, else IGNORE).
+    """input_ids [N] int64 and labels [N] int64 (the token where it is to be predicted, else IGNORE).
 
-    ``maskable`` [T] bool. Exactly max(1, round(mask_fraction * maskable tokens)) are chosen without replacement, none
-    when no token is maskable, with chances in proportion to ``weights`` [V] (None: equal): the smallest of -log(u)/w,
-    Efraimidis and Spirakis, Weighted random sampling with a reservoir, IPL 97 (2006). Of the chosen, each is shown as
-    ``mask_id``, as a random ordinary token, or unchanged, by the shares of ``settings``.
+    ``token_ids`` and ``maskable`` [N] lay samples of ``lengths`` [B] end to end, each masked by its own of the
+    ``keys`` [B] and not by its neighbours. Of a sample exactly max(1, round(mask_fraction * maskable tokens)) are
+    chosen without replacement, none when no token is maskable, with chances in proportion to ``weights`` [V] (None:
+    equal): the smallest of -log(u) / w, from Efraimidis and Spirakis, Weighted random sampling with a reservoir, IPL
+    97 (2006). Each of them is shown as ``mask_id``, as a random ordinary token, or unchanged, by ``settings``.
     """
     input_ids = token_ids.astype(np.int64)
     labels = np.full(len(token_ids), IGNORE, dtype=np.int64)
-    candidates = np.flatnonzero(maskable)
-    if len(candidates) == 0:
-        return input_ids, labels
-    count = max(1, round(settings.mask_fraction * len(candidates)))
-    bits = random_bits(key, len(candidates) + 2 * count)
-    rank: np.ndarray = bits[: len(candidates)]
-    if weights is not None:
-        rank = -np.log(to_unit(rank)) / weights[token_ids[candidates]]
-    chosen = candidates[np.argpartition(rank, count - 1)[:count]]
-    chosen.sort()
+    ends = np.cumsum(lengths)
+    positions = np.arange(len(token_ids), dtype=np.uint64) - np.repeat((ends - lengths).astype(np.uint64), lengths)
+    key_of = np.repeat(np.array(keys, dtype=np.uint64), lengths)
+    bits = bits_at(key_of, positions)
+    rank = bits if weights is None else -np.log(to_unit(bits)) / weights[token_ids]
+    rank[~maskable] = _NEVER if weights is None else np.inf
+    chosen = _smallest(rank, maskable, ends.tolist(), settings.mask_fraction)
     labels[chosen] = input_ids[chosen]
-    fate = to_unit(bits[len(candidates) : len(candidates) + count])
-    stand_in = settings.ordinary_ids[bits[len(candidates) + count :] % np.uint64(len(settings.ordinary_ids))]
-    shown = np.where(fate < settings.mask_replace, settings.mask_id, stand_in)
+    key_of, positions = key_of[chosen], positions[chosen]
+    fate = to_unit(bits_at(key_of, positions + _FATE_STREAM))
+    pick = bits_at(key_of, positions + _STAND_IN_STREAM) % np.uint64(len(settings.ordinary_ids))
+    shown = np.where(fate < settings.mask_replace, settings.mask_id, settings.ordinary_ids[pick])
     changed = fate < settings.mask_replace + settings.mask_random
     input_ids[chosen[changed]] = shown[changed]
     return input_ids, labels
+
+
+def _smallest(rank: np.ndarray, maskable: np.ndarray, ends: list[int], fraction: float) -> np.ndarray:
+    """Where the samples' lowest ranks are: of each as many as are to be masked."""
+    chosen = [np.empty(0, dtype=np.int64)]
+    for start, end in zip([0, *ends], ends):
+        num_maskable = np.count_nonzero(maskable[start:end])
+        if num_maskable:
+            count = max(1, round(fraction * num_maskable))
+            chosen.append(np.argpartition(rank[start:end], count - 1)[:count] + start)
+    return np.concatenate(chosen)

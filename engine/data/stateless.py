@@ -13,22 +13,28 @@ import numpy as np
 _GAMMA = np.uint64(0x9E3779B97F4A7C15)
 
 
-def _mix(z: np.ndarray) -> np.ndarray:
-    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return z ^ (z >> np.uint64(31))
-
-
 def fold(*parts: int | str) -> int:
     """A 64-bit key from any mix of integers and strings."""
     text = "\x1f".join(f"{type(part).__name__}:{part}" for part in parts)
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
 
 
+def bits_at(keys: np.ndarray | np.uint64, indices: np.ndarray) -> np.ndarray:
+    """uint64, uniform: number ``indices`` of the stream of ``keys``. The two broadcast; any element costs the same."""
+    z = np.asarray(indices, dtype=np.uint64) + np.uint64(1)
+    z *= _GAMMA
+    z = z + keys
+    z ^= z >> np.uint64(30)
+    z *= np.uint64(0xBF58476D1CE4E5B9)
+    z ^= z >> np.uint64(27)
+    z *= np.uint64(0x94D049BB133111EB)
+    z ^= z >> np.uint64(31)
+    return z
+
+
 def random_bits(key: int, count: int) -> np.ndarray:
-    """[count] uint64, uniform."""
-    with np.errstate(over="ignore"):
-        return _mix(np.uint64(key) + _GAMMA * np.arange(1, count + 1, dtype=np.uint64))
+    """[count] uint64, uniform: the first numbers of a stream."""
+    return bits_at(np.uint64(key), np.arange(count, dtype=np.uint64))
 
 
 def to_unit(bits: np.ndarray) -> np.ndarray:

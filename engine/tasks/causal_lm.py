@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,11 +21,13 @@ class CausalLM:
     kind = "causal_lm"
     model_class_name = "AutoModelForCausalLM"
 
-    def label(self, sample: Sample, round_number: int) -> Labelled:
-        labels = np.full(len(sample.token_ids), IGNORE, dtype=np.int64)
-        labels[:-1] = sample.token_ids[1:]
-        labels[np.cumsum(sample.document_tokens, dtype=np.int64) - 1] = IGNORE
-        return sample.token_ids, labels
+    def label(self, samples: Sequence[Sample], rounds: Sequence[int]) -> Labelled:
+        token_ids = np.concatenate([sample.token_ids for sample in samples])
+        document_tokens = np.concatenate([sample.document_tokens for sample in samples])
+        labels = np.full(len(token_ids), IGNORE, dtype=np.int64)
+        labels[:-1] = token_ids[1:]
+        labels[np.cumsum(document_tokens, dtype=np.int64) - 1] = IGNORE
+        return token_ids, labels
 
     def model_inputs(self, batch: Batch, model: PreTrainedModel) -> dict[str, Any]:
         return causal_inputs(batch)

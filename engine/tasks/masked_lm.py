@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from engine.config.run import TaskSection
 from engine.data.collate import Labelled
-from engine.data.masking import MaskSettings, mask_key, mask_sample, token_weights
+from engine.data.masking import MaskSettings, mask_key, mask_tokens, token_weights
 from engine.errors import ConfigError
 from engine.schema import Batch, Sample
 from engine.tasks.packing import encoder_inputs
@@ -42,11 +43,17 @@ class MaskedLM:
             ordinary_ids=np.flatnonzero(self._maskable),
         )
 
-    def label(self, sample: Sample, round_number: int) -> Labelled:
+    def label(self, samples: Sequence[Sample], rounds: Sequence[int]) -> Labelled:
         """Rounds repeat after ``mask_rounds``."""
-        key = mask_key(self._seed, sample.key, round_number % self._rounds)
-        maskable = self._maskable[sample.token_ids]
-        return mask_sample(sample.token_ids, maskable, key=key, settings=self._settings, weights=self._weights)
+        token_ids = np.concatenate([sample.token_ids for sample in samples])
+        return mask_tokens(
+            token_ids,
+            self._maskable[token_ids],
+            [len(sample.token_ids) for sample in samples],
+            keys=[mask_key(self._seed, s.key, number % self._rounds) for s, number in zip(samples, rounds)],
+            settings=self._settings,
+            weights=self._weights,
+        )
 
     def model_inputs(self, batch: Batch, model: PreTrainedModel) -> dict[str, Any]:
         return encoder_inputs(batch, model)

@@ -73,10 +73,15 @@ def _check_positions(model: PreTrainedModel, sequence_tokens: int) -> None:
 
 
 def _toy_ids(model: PreTrainedModel) -> np.ndarray:
-    """Two first documents and a second one that is longer than the window of local encoder layers."""
+    """Two first documents and a second one that is longer than the window of local encoder layers.
+
+    No padding token: RoBERTa and its kin do not count it when they number positions by themselves.
+    """
     window = min(getattr(model.config, "sliding_window", None) or 0, _LONGEST_WINDOW)
     count = 2 * _FIRST_TOKENS + _SECOND_TOKENS + window
-    return (random_bits(fold("packing trial"), count) % np.uint64(model.config.vocab_size)).astype(np.int64)
+    num_ids = model.config.vocab_size
+    ids = (random_bits(fold("packing trial"), count) % np.uint64(num_ids)).astype(np.int64)
+    return np.where(ids == model.config.pad_token_id, (ids + 1) % num_ids, ids)
 
 
 @torch.no_grad()
@@ -98,7 +103,7 @@ def _toy_batch(documents: list[np.ndarray]) -> Batch:
     """One sequence, with padding at its end."""
     ids = np.concatenate(documents)
     sample = Sample("toy", "toy", ids, np.array([len(document) for document in documents]))
-    return collate([sample], [(ids, np.full(len(ids), IGNORE))], pad_id=0, sequence_tokens=2 * len(ids))
+    return collate([sample], (ids, np.full(len(ids), IGNORE)), pad_id=0, sequence_tokens=2 * len(ids))
 
 
 def _distance(a: Tensor, b: Tensor) -> float:

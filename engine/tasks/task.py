@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -29,8 +30,11 @@ class Task(Protocol):
     def model_class_name(self) -> str:
         """the transformers Auto class of its models"""
 
-    def label(self, sample: Sample, round_number: int) -> Labelled:
-        """input_ids [T] and labels [T] (the token to predict at each position, or IGNORE), as NumPy integers."""
+    def label(self, samples: Sequence[Sample], rounds: Sequence[int]) -> Labelled:
+        """input_ids [N] and labels [N] (the token to predict at each position, or IGNORE) of samples laid end to end.
+
+        ``rounds`` say how often each sample was met before. A sample's labels do not depend on the others.
+        """
 
     def model_inputs(self, batch: Batch, model: PreTrainedModel) -> dict[str, Any]:
         """Keyword arguments for ``model``, such that packed documents do not see each other."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import pytest
@@ -41,9 +41,10 @@ class MemoryShards:
         )
 
 
-def label(sample: Sample, round_number: int) -> Labelled:
+def label(samples: Sequence[Sample], rounds: Sequence[int]) -> Labelled:
     """Labels that show the round."""
-    return sample.token_ids, np.full(len(sample.token_ids), round_number, dtype=np.int64)
+    token_ids = np.concatenate([sample.token_ids for sample in samples])
+    return token_ids, np.repeat(np.array(rounds), [len(sample.token_ids) for sample in samples])
 
 
 def make_loader(shards: MemoryShards | None = None, **settings: int) -> Loader:
@@ -203,10 +204,10 @@ def test_other_errors_surface_at_their_step_too() -> None:
     shards = MemoryShards()
     target = located(16 * 2)
 
-    def failing(sample: Sample, round_number: int) -> Labelled:
-        if (sample.shard, sample.key) == (f"{target[0]}.tar", f"{target[1]}"):
+    def failing(samples: Sequence[Sample], rounds: Sequence[int]) -> Labelled:
+        if f"{target[0]}.tar/{target[1]}" in {sample.name for sample in samples}:
             raise ZeroDivisionError("in the label function")
-        return label(sample, round_number)
+        return label(samples, rounds)
 
     order = DataOrder(SHARDS, seed=5, lanes=8, shuffle_samples=6)
     steps = Loader(

