@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from engine.config.resolve import ResolvedRun
-from engine.config.run import LogitTerm, Ramp, RunConfig
+from engine.config.run import RunConfig
+from engine.config.terms import LogitTerm, Ramp
 from engine.losses.fused import CHUNK_BYTES
 
 if TYPE_CHECKING:
@@ -82,9 +83,9 @@ def _bucket_bytes(num_parameters: int, size: int, stage: int, zero: dict[str, An
 def activation_bytes(
     model: PreTrainedModel, precision: str, micro_sequences: int, sequence_tokens: int, gradient_checkpointing: bool
 ) -> int:
-    """Bytes that autograd keeps of one forward pass up to the head.
+    """Bytes that autograd keeps of one forward pass of ``model``, on the meta device, up to the head.
 
-    Not a formula: the model on the meta device runs with these shapes, and what it saves is added up. Attention
+    Not a formula: the model runs with these shapes, and what it saves is added up. Attention
     counts as a fused kernel unless the model's own code is eager. With gradient checkpointing only the input of each
     layer is kept, and one layer is recomputed at a time.
     """
@@ -99,7 +100,10 @@ def activation_bytes(
 
 def _saved_bytes(model: PreTrainedModel, precision: str, micro_sequences: int, sequence_tokens: int) -> int:
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
-    model = model.to(dtype).train()
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    model.config.use_cache = False
+    model.train()
     weights = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
     saved: dict[int, Tensor] = {}
 
@@ -108,13 +112,12 @@ def _saved_bytes(model: PreTrainedModel, precision: str, micro_sequences: int, s
             saved[tensor.untyped_storage()._cdata] = tensor
         return tensor
 
-    ids = torch.zeros(micro_sequences, sequence_tokens, dtype=torch.long, device=next(model.parameters()).device)
-    with (
-        _without_head(model),
-        _fused_attention(),
-        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
-    ):
-        model(input_ids=ids, use_cache=False) if "use_cache" in model.config.to_dict() else model(input_ids=ids)
+    shape = micro_sequences, sequence_tokens
+    ids = torch.zeros(shape, dtype=torch.long, device="meta")
+    mask = torch.zeros(1, 1, sequence_tokens, sequence_tokens, dtype=dtype, device="meta")  # 4D: no look at its values
+    hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+    with _without_head(model), _fused_attention(), hooks:
+        model(input_ids=ids, attention_mask=mask)
     return sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
 
 
@@ -134,7 +137,9 @@ class _FusedAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        output = query.new_empty(*query.shape[:-1], value.shape[-1])
+        *sequences, heads, rows, _ = query.shape
+        # laid out as the kernels do, so that joining the heads copies nothing
+        output = query.new_empty(*sequences, rows, heads, value.shape[-1]).transpose(-2, -3)
         ctx.save_for_backward(query, key, value, output, query.new_empty(query.shape[:-1], dtype=torch.float32))
         return output
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from engine.config.run import Ramp, RunConfig, ScheduleSection, TaskSection, Term
+from engine.config.run import RunConfig, ScheduleSection, TaskSection
+from engine.config.terms import Ramp, Term
 from engine.errors import ConfigError
 
 LABEL_TERMS = frozenset({"cross_entropy"})

@@ -10,7 +10,8 @@ from typing import Any, get_args
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from engine.config.run import RunConfig, Section
+from engine.config.run import RunConfig
+from engine.config.section import Section
 from engine.config.source import KeyPath, Source, dotted
 
 _EXPECTED = {

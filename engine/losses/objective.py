@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from engine.config.run import AnyTerm, CrossEntropy, HiddenTerm, LogitTerm, Ramp, Scheduled
+from engine.config.terms import AnyTerm, CrossEntropy, HiddenTerm, LogitTerm, Ramp, Scheduled
 from engine.errors import ConfigError
 from engine.losses.fused import METRICS, FusedInputs, LogitLoss, fused_head_loss
 from engine.losses.hidden import HIDDEN_LOSSES, layer_pairs, select_rows
