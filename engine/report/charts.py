@@ -14,12 +14,20 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from engine.report.quantities import count
+from engine.report.quantities import tick
 from engine.report.series import Series
 
 NUM_COLOURS = 6
 LOG_SPAN = 20.0
-STYLE: Any = {"svg.fonttype": "none", "font.family": "sans-serif", "font.size": 9.0}
+ROUND_STEPS = (1, 2, 2.5, 5, 10)
+STYLE: Any = {
+    "svg.fonttype": "none",
+    "font.family": "sans-serif",
+    "font.size": 9.0,
+    "axes.autolimit_mode": "round_numbers",
+    "axes.ymargin": 0.0,
+    "axes.xmargin": 0.0,
+}
 
 # matplotlib knows no CSS variables: these stand-ins are exchanged for them in the SVG
 INK, GRID = "#0f0001", "#0f0002"
@@ -62,9 +70,8 @@ def line_chart(
     *,
     y_label: str,
     levels: Sequence[Level] = (),
-    y_format: Callable[[float], str] = count,
+    y_format: Callable[[float], str] = tick,
     from_zero: bool = False,
-    note: str = "",
 ) -> Chart:
     """A chart over steps. The scale is logarithmic when positive values span more than LOG_SPAN, and says so."""
     lines = [line for line in lines if len(line.series)]
@@ -79,37 +86,45 @@ def line_chart(
         for line in lines:
             _draw(axes, line)
         _dress(axes, y_label + (", log scale" if logarithmic else ""), y_format, logarithmic)
+        axes.set_xlim(0.0, max(1.0, *(float(line.series.steps[-1]) for line in lines)))
         if from_zero:
-            axes.set_ylim(bottom=0.0, top=1.08 * max(values) or 1.0)
+            axes.update_datalim([(0.0, 0.0)])
+            if max(values) == 0:
+                axes.set_ylim(0.0, 1.0)
         svg = _svg(figure)
     legend = tuple((line.label, line.colour) for line in lines) + tuple((level.label, level.colour) for level in levels)
-    return Chart(title, svg, legend, note)
+    merged = any(line.series.merged for line in lines)
+    return Chart(
+        title, svg, legend, "Each point is the mean of several records; the band holds them all." if merged else ""
+    )
 
 
 def _draw(axes: Axes, line: Line) -> None:
     curve, colour = line.series, SERIES[line.colour]
-    if (curve.high > curve.low).any():
+    if curve.merged:
         axes.fill_between(curve.steps, curve.low, curve.high, color=colour, alpha=0.16, linewidth=0)
     marker: Any = {"marker": "o", "markersize": 3.5} if len(curve) <= 12 else {}
-    axes.plot(curve.steps, curve.values, color=colour, linestyle=DASHES[line.colour], linewidth=1.5, **marker)
+    axes.plot(
+        curve.steps, curve.values, color=colour, linestyle=DASHES[line.colour], linewidth=1.5, clip_on=False, **marker
+    )
 
 
 def _dress(axes: Axes, y_label: str, y_format: Callable[[float], str], logarithmic: bool) -> None:
     axes.set_xlabel("step", color=INK)
     axes.set_ylabel(y_label, color=INK)
-    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: count(value)))
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, steps=ROUND_STEPS))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: tick(value)))
     if logarithmic:
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=8))
         axes.yaxis.set_minor_formatter(NullFormatter())
         axes.minorticks_off()
     else:
-        axes.yaxis.set_major_locator(MaxNLocator(5))
+        axes.yaxis.set_major_locator(MaxNLocator(5, steps=ROUND_STEPS))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: y_format(value)))
     axes.grid(axis="y", color=GRID, linewidth=0.8)
     axes.set_axisbelow(True)
-    axes.tick_params(colors=INK, length=0)
+    axes.tick_params(colors=INK, length=0, pad=6)
     for side in ("top", "left", "right"):
         axes.spines[side].set_visible(False)
     axes.spines["bottom"].set_color(GRID)

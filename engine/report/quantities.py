@@ -6,6 +6,8 @@ import math
 
 MISSING = "–"
 THIN_SPACE = "\u202f"
+SCALES = ((1e12, "T"), (1e9, "G"), (1e6, "M"))
+BYTE_SCALES = ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1.0, "B"))
 
 
 def number(value: float | None, digits: int = 3) -> str:
@@ -14,14 +16,15 @@ def number(value: float | None, digits: int = 3) -> str:
         return MISSING
     if value == 0:
         return "0"
-    decimals = digits - 1 - math.floor(math.log10(abs(value)))
+    rounded = float(f"{value:.{digits - 1}e}")
+    decimals = digits - 1 - math.floor(math.log10(abs(rounded)))
     if decimals > digits + 2:
         return f"{value:.{digits - 1}e}"
     return f"{value:,.{max(0, decimals)}f}"
 
 
 def share(value: float | None) -> str:
-    return MISSING if value is None or not math.isfinite(value) else f"{number(100 * value)}{THIN_SPACE}%"
+    return MISSING if value is None or not math.isfinite(value) else f"{100 * value:.1f}{THIN_SPACE}%"
 
 
 def ratio(value: float | None) -> str:
@@ -34,12 +37,29 @@ def count(value: float | None) -> str:
         return MISSING
     if abs(value) < 1e5:
         return f"{value:,.0f}"
-    return _scaled(value, ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")))
+    return _scaled(value, (*SCALES, (1e3, "k")))
+
+
+def tick(value: float) -> str:
+    """A round number of an axis, without zeros at its end: 0.15, 4.5, 12, 2,000, 12 M, 1.5e-4."""
+    if abs(value) >= 1e6:
+        factor, unit = next(entry for entry in SCALES if abs(value) >= entry[0])
+        return f"{value / factor:.6g}{THIN_SPACE}{unit}"
+    if value == 0 or abs(value) >= 1e-3:
+        return f"{value:,.6g}"
+    mantissa, exponent = f"{value:.4e}".split("e")
+    return f"{float(mantissa):g}e{int(exponent)}"
+
+
+def size_tick(value: float) -> str:
+    """Bytes on an axis: 1.2 GB."""
+    factor, unit = next((entry for entry in BYTE_SCALES if abs(value) >= entry[0]), BYTE_SCALES[-1])
+    return f"{value / factor:.4g}{THIN_SPACE}{unit}"
 
 
 def size(value: float | None) -> str:
     """Bytes, in powers of 1,000."""
-    return _scaled(value, ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1.0, "B")))
+    return _scaled(value, BYTE_SCALES)
 
 
 def duration(value: float | None) -> str:

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
 
-from engine.report.charts import NUM_COLOURS, Chart, Level, Line, line_chart
-from engine.report.quantities import MISSING, count, duration, number, share, size
+from engine.report.charts import Chart, Level, Line, line_chart
+from engine.report.quantities import MISSING, count, duration, share, size_tick, tick
 from engine.report.results import Results
 from engine.report.series import last_value, metric_names, series, step_seconds
 from engine.tracking.records import Record
 
 STUDENT, TEACHER, CONTROL = 0, 1, 2
 """Each model has one colour on the whole page."""
+
+TERM_COLOURS = (3, 2, 4, 5, 1)
 
 PHASE_NAMES = {
     "data": "waiting for data",
@@ -44,14 +47,20 @@ def learning_charts(records: Sequence[Record], results: Results | None) -> list[
     ]
     if any(len(line.series) for line in agreement):
         charts.append(
-            line_chart("Agreement with the teacher", agreement, y_label="same likeliest word", y_format=_percent_tick)
+            line_chart(
+                "Agreement with the teacher",
+                agreement,
+                y_label="same likeliest word",
+                y_format=_percent_tick,
+                from_zero=True,
+            )
         )
     closeness = [
         Line("training", series(records, "kl/temperature_1"), STUDENT),
         Line("held-out", series(records, "eval/kl"), 3),
     ]
     if any(len(line.series) for line in closeness):
-        charts.append(line_chart("KL(teacher ‖ student)", closeness, y_label="nats a token", y_format=number))
+        charts.append(line_chart("KL(teacher ‖ student) at temperature 1", closeness, y_label="nats a token"))
     return charts
 
 
@@ -59,11 +68,11 @@ def _objective_chart(records: Sequence[Record]) -> list[Chart]:
     weighted = [name for name in metric_names(records, "loss") if name.endswith("_weighted")]
     lines = [Line("objective", series(records, "loss/objective"), 0)]
     if len(weighted) > 1:
-        for i, name in enumerate(weighted, 1):
+        for i, name in enumerate(weighted):
             label = f"{name.removesuffix('_weighted')} × weight"
-            lines.append(Line(label, series(records, f"loss/{name}"), i % NUM_COLOURS))
+            lines.append(Line(label, series(records, f"loss/{name}"), TERM_COLOURS[i % len(TERM_COLOURS)]))
     lines = [line for line in lines if len(line.series)]
-    return [line_chart("Objective", lines, y_label="loss", y_format=number)] if lines else []
+    return [line_chart("Objective", lines, y_label="loss")] if lines else []
 
 
 def _term_charts(records: Sequence[Record]) -> list[Chart]:
@@ -72,7 +81,7 @@ def _term_charts(records: Sequence[Record]) -> list[Chart]:
         curve = series(records, f"loss/{name}")
         if name != "objective" and not name.endswith("_weighted") and len(curve):
             lines = [Line("training", curve, STUDENT)]
-            charts.append(line_chart(f"Term {name}", lines, y_label=_term_unit(name), y_format=number))
+            charts.append(line_chart(f"Term {name}", lines, y_label=_term_unit(name)))
     return charts
 
 
@@ -88,32 +97,36 @@ def _heldout_chart(records: Sequence[Record], results: Results | None) -> list[C
     student = series(records, "eval/student_loss")
     if not len(student):
         return []
-    found = ((role, results.model(role) if results else None) for role in ("teacher", "control"))
-    levels = [
-        Level(role, model.loss, TEACHER if role == "teacher" else CONTROL)
-        for role, model in found
-        if model is not None and model.loss is not None
-    ]
+    levels = []
+    teacher, control = (results.model("teacher"), results.model("control")) if results else (None, None)
+    teacher_perplexity = last_value(records, "eval/teacher_perplexity")
+    if teacher and teacher.loss is not None:
+        levels.append(Level("teacher", teacher.loss, TEACHER))
+    elif teacher_perplexity:
+        levels.append(Level("teacher", math.log(teacher_perplexity), TEACHER))
+    if control and control.loss is not None:
+        levels.append(Level("control, at its end", control.loss, CONTROL))
     lines = [Line("student", student, STUDENT)]
-    return [line_chart("Held-out loss", lines, levels=levels, y_label="nats a token", y_format=number)]
+    return [line_chart("Held-out loss", lines, levels=levels, y_label="nats a token")]
 
 
 def machine_charts(records: Sequence[Record]) -> list[Chart]:
     """Speed, memory and what the optimizer does."""
     wanted = (
-        ("Throughput", "throughput/tokens_per_second", "tokens/s", count, True),
+        ("Throughput", "throughput/tokens_per_second", "tokens/s", tick, True),
         ("Model FLOPs utilisation", "throughput/mfu", "share of the device's peak", _percent_tick, True),
-        ("Peak memory", "memory/peak_bytes", "of the fullest device", size, True),
-        ("Learning rate", "train/learning_rate", "learning rate", number, True),
-        ("Gradient norm", "train/grad_norm", "norm before clipping", number, False),
-        ("Loss scale", "train/loss_scale", "factor", count, False),
+        ("Peak memory", "memory/peak_bytes", "of the fullest device", size_tick, True),
+        ("Learning rate", "train/learning_rate", "learning rate", tick, True),
+        ("Gradient norm", "train/grad_norm", "norm before clipping", tick, False),
+        ("Loss scale", "train/loss_scale", "factor", tick, False),
     )
     charts = []
-    for title, name, label, tick, from_zero in wanted:
+    for title, name, label, y_format, from_zero in wanted:
         curve = series(records, name)
         constant_scale = name == "train/loss_scale" and len(set(curve.values)) < 2
         if len(curve) and not constant_scale:
-            charts.append(line_chart(title, [Line(title, curve, 0)], y_label=label, y_format=tick, from_zero=from_zero))
+            lines = [Line(title, curve, 0)]
+            charts.append(line_chart(title, lines, y_label=label, y_format=y_format, from_zero=from_zero))
     return charts
 
 
@@ -121,9 +134,10 @@ def phases(records: Sequence[Record]) -> list[Phase]:
     """Where the time of a step goes."""
     seconds = step_seconds(records)
     whole = sum(seconds.values())
+    colours = list(PHASE_NAMES)
     return [
-        Phase(PHASE_NAMES[name], duration(spent), share(spent / whole), 100 * spent / whole, i)
-        for i, (name, spent) in enumerate(seconds.items())
+        Phase(PHASE_NAMES[name], duration(spent), share(spent / whole), 100 * spent / whole, colours.index(name))
+        for name, spent in seconds.items()
         if whole > 0
     ]
 

@@ -22,6 +22,8 @@ class Series:
     low: np.ndarray
     high: np.ndarray
 
+    merged: bool = False
+
     def __len__(self) -> int:
         return len(self.steps)
 
@@ -36,7 +38,8 @@ def series(records: Sequence[Record], name: str) -> Series:
     sizes = np.diff(np.append(starts, len(points)))
     means = np.add.reduceat(points, starts, axis=0) / sizes[:, None]
     values = points[:, 1]
-    return Series(means[:, 0], means[:, 1], np.minimum.reduceat(values, starts), np.maximum.reduceat(values, starts))
+    low, high = np.minimum.reduceat(values, starts), np.maximum.reduceat(values, starts)
+    return Series(means[:, 0], means[:, 1], low, high, merged=True)
 
 
 def metric_names(records: Sequence[Record], group: str) -> list[str]:

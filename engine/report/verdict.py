@@ -29,7 +29,7 @@ def verdict(results: Results | None, records: Sequence[Record]) -> str:
     parts = []
     if teacher:
         size = _fraction(student.num_parameters, teacher.num_parameters)
-        parts.append(f"With {share(size)} of the teacher's parameters the student")
+        parts.append(f"With {share(size)} of the teacher's parameters, the student")
         if student.agreement is not None:
             parts.append(f"makes the same first choice {share(student.agreement)} of the time and")
         parts.append(f"reaches a held-out perplexity of {number(student.perplexity)}")
