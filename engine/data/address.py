@@ -153,17 +153,24 @@ def _ask(address: str, question: Callable[[Any, str], Any]) -> Any:
         try:
             files, path = fsspec.core.url_to_fs(address)
             return question(files, path)
-        except (FileNotFoundError, ImportError) as problem:
-            raise _unreadable(address, problem) from problem
         except Exception as problem:  # each file system behind fsspec raises its own types
+            if _is_absent(problem) or isinstance(problem, ImportError):
+                raise _unreadable(address, problem) from problem
             if pause_seconds is None:
                 raise _unreadable(address, problem, tries=len(_RETRY_SECONDS) + 1) from problem
             time.sleep(pause_seconds)
     raise AssertionError("the last try either returns or raises")
 
 
+def _is_absent(problem: BaseException) -> bool:
+    """fsspec's http file system also calls a file absent when the server was too busy to say how long it is."""
+    hidden = problem.__cause__
+    told = hidden is None or isinstance(hidden, FileNotFoundError) or getattr(hidden, "status", None) == 404
+    return isinstance(problem, FileNotFoundError) and told
+
+
 def _unreadable(address: str, problem: Exception, tries: int = 1) -> DataError:
-    if isinstance(problem, FileNotFoundError):
+    if _is_absent(problem):
         return DataError(f"{address}: no such file; check the path, or copy or build the shards there")
     after = f" after {tries} tries" if tries > 1 else ""
-    return DataError(f"{address}: cannot be read{after} ({type(problem).__name__}: {problem})")
+    return DataError(f"{address}: cannot be read{after} ({type(problem).__name__}: {problem.__cause__ or problem})")
