@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import redirect_stderr, redirect_stdout
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -221,8 +221,12 @@ def _parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, 
     return [group for group in groups if group["params"]]
 
 
-def consolidate(checkpoint: Path, progress: Callable[[str], None] = lambda line: None) -> dict[str, Tensor]:
+def consolidate(checkpoint: Path) -> dict[str, Tensor]:
     """The fp32 weights of a checkpoint of any ZeRO stage and world size, by name, on the CPU."""
-    progress(f"gathering the weights of {checkpoint}")
-    state = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint), tag=TAG)
+    folder = checkpoint / TAG
+    if not any(folder.glob("*_optim_states.pt")):  # stage 0 keeps whole weights, and DeepSpeed's tool knows it not
+        whole = torch.load(folder / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=False)["module"]
+        return {name: tensor.float() for name, tensor in whole.items()}
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+        state = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint), tag=TAG)
     return {name: tensor for name, tensor in state.items() if isinstance(tensor, Tensor)}

@@ -1,0 +1,77 @@
+"""Real rank processes for tests: started, watched, killed. Every exit code is looked at, every wait has an end."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+class Job:
+    """One process a rank, each running ``launch/distill.py`` or another script of the project."""
+
+    def __init__(self, words: list[str], world_size: int, folder: Path) -> None:
+        self.logs = [folder / f"rank{rank}.log" for rank in range(world_size)]
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        self.ranks = []
+        for rank, log in enumerate(self.logs):
+            environment = os.environ | {
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "WORLD_SIZE": str(world_size),
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(port),
+                "OMP_NUM_THREADS": "1",
+            }
+            with log.open("wb") as output:
+                self.ranks.append(
+                    subprocess.Popen(
+                        [sys.executable, *words], env=environment, stdout=output, stderr=subprocess.STDOUT, cwd=ROOT
+                    )
+                )
+
+    def wait(self, seconds: float = 120.0) -> list[int]:
+        """Exit codes of all ranks; whoever has not ended by then is killed and the test fails."""
+        deadline = time.monotonic() + seconds
+        try:
+            return [rank.wait(max(0.1, deadline - time.monotonic())) for rank in self.ranks]
+        except subprocess.TimeoutExpired:
+            self.kill()
+            raise AssertionError(f"still running after {seconds} s:\n{self.output()}") from None
+
+    def kill(self, rank: int | None = None) -> None:
+        for process in self.ranks if rank is None else [self.ranks[rank]]:
+            if process.poll() is None:
+                process.send_signal(signal.SIGKILL)
+                process.wait()
+
+    def output(self) -> str:
+        return "\n".join(f"--- rank {i}\n{log.read_text(errors='replace')[-4000:]}" for i, log in enumerate(self.logs))
+
+
+def write_config(path: Path, config: dict[str, Any]) -> Path:
+    path.write_text(yaml.safe_dump(config))
+    return path
+
+
+def distill(config: dict[str, Any], folder: Path, world_size: int = 1, words: tuple[str, ...] = ()) -> Job:
+    """Start ``launch/distill.py`` with ``config`` on ``world_size`` ranks."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = write_config(folder / "run.yaml", config)
+    return Job([str(ROOT / "launch" / "distill.py"), "--config", str(path), *words], world_size, folder)
+
+
+def finish(job: Job) -> None:
+    codes = job.wait()
+    assert codes == [0] * len(codes), f"exit codes {codes}\n{job.output()}"
