@@ -193,6 +193,8 @@ class EvaluationSection(Section):
     """Evaluate this often as well as at the end."""
     max_sequences: Count = 1024
     """Sequences to score at most."""
+    control: str | None = None
+    """Exported folder of the student's twin that was trained without a teacher: scored and shown beside it."""
 
 
 class CheckpointSection(Section):
@@ -235,5 +237,5 @@ class RunConfig(Section):
     evaluation: EvaluationSection = EvaluationSection()
     checkpoint: CheckpointSection = CheckpointSection()
     tracking: TrackingSection = TrackingSection()
-    zero: str | dict[str, Any] = {"zero_optimization": {"stage": 2}}
+    zero: str | dict[str, Any] = Field(default={"zero_optimization": {"stage": 2}})
     """The DeepSpeed JSON: a path, or its content. Numbers that the run owns are "auto" there."""
