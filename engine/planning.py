@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from engine.config.load import load_config
 from engine.config.resolve import Accelerator, DataFacts, ResolvedRun, read_deepspeed_json, resolve
 from engine.config.run import RunConfig
-from engine.config.terms import HiddenTerm
+from engine.config.terms import HiddenTerm, LogitTerm
 from engine.cost import ParameterCount, count_parameters, peak_flops, training_flops_per_token
 from engine.data.shards import ShardSet
 from engine.errors import ConfigError, DataError
@@ -190,9 +190,7 @@ def _data_facts(config: RunConfig, vocab_size: int, num_samples: int | None, seq
 
 def _head_fraction(config: RunConfig) -> float:
     """Share of positions whose logits are formed: all, unless every term looks at masked ones alone."""
-    everywhere = any(
-        getattr(term, "restrict_to", "masked") == "all" for term in config.losses if term.kind in LOGIT_KINDS
-    )
+    everywhere = any(isinstance(term, LogitTerm) and term.restrict_to == "all" for term in config.losses)
     return 1.0 if everywhere or config.task.kind == "causal_lm" else config.task.mask_fraction
 
 
