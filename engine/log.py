@@ -33,7 +33,7 @@ def setup(rank: int, log_file: Path | None = None) -> None:
 
     Raises CheckpointError when the file cannot be opened.
     """
-    for handler in logger.handlers[:]:
+    for handler in [handler for handler in logger.handlers if isinstance(handler, (_Console, _LogFile))]:
         logger.removeHandler(handler)
         handler.close()
     logger.setLevel(logging.DEBUG)
@@ -49,11 +49,15 @@ def setup(rank: int, log_file: Path | None = None) -> None:
 def _file_handler(log_file: Path) -> logging.Handler:
     try:
         log_file.parent.mkdir(parents=True, exist_ok=True)
-        handler = logging.FileHandler(log_file, encoding="utf-8")
+        handler = _LogFile(log_file, encoding="utf-8")
     except OSError as error:
         raise CheckpointError(f"cannot write {log_file}: {error.strerror}; make the run folder writable") from error
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(message)s", datefmt="%Y-%m-%d %H:%M:%S"))
     return handler
+
+
+class _LogFile(logging.FileHandler):
+    """log.txt, told apart from handlers that others may have put on our logger."""
 
 
 class _Console(logging.Handler):
@@ -151,6 +155,7 @@ class Progress:
         self.step = first_step
         self._fields: Mapping[str, str] = {}
         self._started = time.monotonic()
+        self._first_update: tuple[float, int] | None = None
         self._next_line = self._started
         self._printed_step = -1
         self._bar: tqdm | None = None
@@ -169,6 +174,8 @@ class Progress:
         if not self.enabled:
             return
         self.step = step
+        # what is left is judged from here on: neither the warm-up nor steps done before a resume count
+        self._first_update = self._first_update or (time.monotonic(), step)
         self._fields = fields if fields is not None else self._fields
         if self._bar is not None:
             self._draw(self._bar, force=False)
@@ -195,16 +202,17 @@ class Progress:
         print("  ".join(self._parts()), file=sys.stderr, flush=True)
 
     def _parts(self) -> list[str]:
-        elapsed_seconds = time.monotonic() - self._started
-        done = self.step - self.first_step
+        now = time.monotonic()
+        since_seconds, since_step = self._first_update or (now, self.step)
         parts = [f"{self.label} {self.step:,}" + (f"/{self.total:,}" if self.total else "")]
         if self.total:
             parts.append(f"{100 * self.step // self.total}%")
         parts += [f"{name} {value}" for name, value in self._fields.items()]
-        if self.total and done > 0 and self.step < self.total:
-            parts.append(f"eta {_clock_time(elapsed_seconds / done * (self.total - self.step))}")
+        if self.total and since_step < self.step < self.total:
+            seconds_a_step = (now - since_seconds) / (self.step - since_step)
+            parts.append(f"eta {_clock_time(seconds_a_step * (self.total - self.step))}")
         else:
-            parts.append(_clock_time(elapsed_seconds))
+            parts.append(_clock_time(now - self._started))
         return parts
 
     def _line(self, width: int) -> str:

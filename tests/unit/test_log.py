@@ -15,12 +15,10 @@ from engine.errors import CheckpointError
 
 
 @pytest.fixture(autouse=True)
-def _restore_logging():
+def _restore_logging(tmp_path):
     with warnings.catch_warnings():
         yield
-    for handler in log.logger.handlers[:]:
-        log.logger.removeHandler(handler)
-        handler.close()
+    log.setup(0)  # closes a file in tmp_path
 
 
 def run_program(body: str, rank: int = 0, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -131,16 +129,17 @@ def main():
 def test_plain_progress_is_a_line_every_few_seconds(capsys, monkeypatch):
     now = [100.0]
     monkeypatch.setattr(log.time, "monotonic", lambda: now[0])
-    with log.Progress(40, "distil", first_step=20) as progress:
+    with log.Progress(40, "distil") as progress:
+        now[0] += 100.0  # loading the models
         for step in range(21, 41):
             now[0] += 1.0
             progress.update(step, {"loss": f"{step}.0"})
     assert capsys.readouterr().err.splitlines() == [
-        "distil 21/40  52%  loss 21.0  eta 0:19",
+        "distil 21/40  52%  loss 21.0  1:41",
         "distil 26/40  65%  loss 26.0  eta 0:14",
         "distil 31/40  77%  loss 31.0  eta 0:09",
         "distil 36/40  90%  loss 36.0  eta 0:04",
-        "distil 40/40  100%  loss 40.0  0:20",
+        "distil 40/40  100%  loss 40.0  2:00",
     ]
 
 
@@ -165,6 +164,7 @@ def test_other_ranks_show_no_progress(capsys):
 def test_bar_fits_the_terminal_and_keeps_the_first_fields(width, monkeypatch):
     monkeypatch.setattr(log.time, "monotonic", lambda: 100.0)
     progress = log.Progress(2000, "distil")
+    progress.update(999)
     progress.update(1000, {"loss": "4.8317", "kl": "0.4413", "tokens/s": "123,456"})
     line = progress._line(width)
     assert len(line) <= width
