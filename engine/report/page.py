@@ -22,6 +22,7 @@ REPORT = "report.html"
 TEMPLATE = "report.html.j2"
 CONFIG_FILES = ("config.yaml", "ds_config.json")
 ENVIRONMENT = "environment.json"
+ORIGINS = "origins"
 
 
 def write_report(run_folder: Path, *, results: Results | None = None) -> Path:
@@ -48,17 +49,21 @@ class RunFiles:
     configs: list[tuple[str, str]]
     """name and text of each configuration file"""
     environment: list[tuple[str, str]]
+    origins: list[tuple[str, str]]
+    """each group of the student's weights, and where it came from"""
     num_steps: int | None
     """steps that were planned"""
 
 
 def _read_folder(run_folder: Path) -> RunFiles:
-    texts = {name: _text(run_folder / name) for name in (*CONFIG_FILES, ENVIRONMENT)}
+    texts = {name: _text(run_folder / name) for name in CONFIG_FILES}
+    environment, origins = _environment(_text(run_folder / ENVIRONMENT))
     return RunFiles(
         records=read_records(run_folder / METRICS),
         events=read_records(run_folder / EVENTS),
         configs=[(name, texts[name]) for name in CONFIG_FILES if texts[name]],
-        environment=_environment(texts[ENVIRONMENT]),
+        environment=environment,
+        origins=origins,
         num_steps=_planned_steps(texts["config.yaml"]),
     )
 
@@ -67,18 +72,20 @@ def _text(path: Path) -> str:
     return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
 
 
-def _environment(text: str) -> list[tuple[str, str]]:
-    """Nested keys joined with dots; the whole text as it is when it does not parse."""
+def _environment(text: str) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
+    """Rows with nested keys joined by dots, or the whole text where it does not parse; and the origins kept in it."""
     try:
-        return list(_flat(json.loads(text or "{}"), ""))
-    except ValueError:
-        return [(ENVIRONMENT, text)]
+        stored = json.loads(text or "{}")
+        origins = [(str(group), str(source)) for group, source in stored.pop(ORIGINS, [])]
+    except (ValueError, TypeError, AttributeError):
+        return [(ENVIRONMENT, text)], []
+    return list(_flat(stored, "")), origins
 
 
 def _flat(value: Any, prefix: str) -> Sequence[tuple[str, str]]:
     if isinstance(value, Mapping):
         return [row for key, item in value.items() for row in _flat(item, f"{prefix}.{key}" if prefix else str(key))]
-    shown = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+    shown = " ".join(map(str, value)) if isinstance(value, list) else str(value)
     return [(prefix, shown)]
 
 
@@ -122,6 +129,7 @@ def render(name: str, files: RunFiles, results: Results | None) -> str:
         machine=sections.machine_charts(files.records),
         phases=sections.phases(files.records),
         incidents=sections.incidents(files.records, files.events),
+        origins=results.origins if results and results.origins else files.origins,
         configs=files.configs,
         environment=files.environment,
     )

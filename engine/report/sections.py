@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
@@ -99,11 +98,9 @@ def _heldout_chart(records: Sequence[Record], results: Results | None) -> list[C
         return []
     levels = []
     teacher, control = (results.model("teacher"), results.model("control")) if results else (None, None)
-    teacher_perplexity = last_value(records, "eval/teacher_perplexity")
-    if teacher and teacher.loss is not None:
-        levels.append(Level("teacher", teacher.loss, TEACHER))
-    elif teacher_perplexity:
-        levels.append(Level("teacher", math.log(teacher_perplexity), TEACHER))
+    teacher_loss = teacher.loss if teacher else last_value(records, "eval/teacher_loss")
+    if teacher_loss is not None:
+        levels.append(Level("teacher", teacher_loss, TEACHER))
     if control and control.loss is not None:
         levels.append(Level("control, at its end", control.loss, CONTROL))
     lines = [Line("student", student, STUDENT)]

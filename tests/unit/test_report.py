@@ -80,7 +80,13 @@ def train(folder: Path, first_step: int, last_step: int) -> Tracker:
         tracker.record(step, record)
         if step % 50 == 0:
             tracker.record(
-                step, {"eval/student_loss": 4.6, "eval/student_perplexity": 99.5, "eval/teacher_perplexity": 51.2}
+                step,
+                {
+                    "eval/student_loss": 4.6,
+                    "eval/student_perplexity": 99.5,
+                    "eval/teacher_loss": 3.936,
+                    "eval/teacher_perplexity": 51.2,
+                },
             )
             tracker.record(step, {"seconds/checkpoint_stall": 0.25})
     return tracker
@@ -152,7 +158,7 @@ def test_full_run_shows_everything(finished):
         "teacher's layer 2",
         "my<odd>&name",
         "versions.torch",
-        "cpu, cpu",
+        "cpu cpu",
     ):
         assert expected in page.text, expected
     assert "absent" not in [attributes.get("class") for _, attributes in page.tags]
@@ -168,12 +174,22 @@ def test_every_chart_names_its_axes(finished):
 
 def test_stopped_run_without_results_shows_what_there_is_and_says_what_is_not(tmp_path):
     train(tmp_path / "demo", 0, 70).close("stopped")
+    (tmp_path / "demo" / "environment.json").write_text('{"origins": [["layer 1", "layer 7 of the teacher"]]}')
     page = Page(write_report(tmp_path / "demo"))
+    assert "layer 7 of the teacher" in page.text
     assert "stopped on request at step 70" in page.text
     assert "held-out perplexity was 99.5. The teacher's is 51.2" in page.text
     assert "The models were not compared" in page.text
     assert "No predictions were kept" in page.text
     assert page.num_tags("figure") == len(CHART_TITLES) - 1, "the loss scale never changed"
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "ds_config.json", "environment.json"])
+@pytest.mark.parametrize("content", [b"", b"[1, {", b"[1]", b"\xff\xfe", b'{"origins": 3}'])
+def test_damaged_file_does_not_cost_the_report(name, content, tmp_path):
+    Tracker(tmp_path, TrackingSection(), "demo", {}).close("stopped")
+    (tmp_path / name).write_bytes(content)
+    assert "stopped on request at step 0" in Page(write_report(tmp_path)).text
 
 
 def test_killed_run_is_not_called_complete(tmp_path):
