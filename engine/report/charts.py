@@ -86,11 +86,12 @@ def line_chart(
         for line in lines:
             _draw(axes, line)
         _dress(axes, y_label + (", log scale" if logarithmic else ""), y_format, logarithmic)
-        axes.set_xlim(0.0, max(1.0, *(float(line.series.steps[-1]) for line in lines)))
         if from_zero:
             axes.update_datalim([(0.0, 0.0)])
-            if max(values) == 0:
-                axes.set_ylim(0.0, 1.0)
+            axes.autoscale_view()
+        axes.set_xlim(0.0, max(1.0, *(float(line.series.steps[-1]) for line in lines)))
+        if from_zero and max(values) == 0:
+            axes.set_ylim(0.0, 1.0)
         svg = _svg(figure)
     legend = tuple((line.label, line.colour) for line in lines) + tuple((level.label, level.colour) for level in levels)
     merged = any(line.series.merged for line in lines)

@@ -30,7 +30,7 @@ class ModelResult:
     agreement: float | None = None
     """share of positions where its likeliest word is the teacher's"""
     latency_seconds: float | None = None
-    """forward pass of one sequence"""
+    """seconds a sequence in a forward pass"""
     tokens_per_second: float | None = None
 
 

@@ -35,11 +35,11 @@ def series(records: Sequence[Record], name: str) -> Series:
     if len(points) <= MAX_POINTS:
         return Series(points[:, 0], points[:, 1], points[:, 1], points[:, 1])
     starts = np.linspace(0, len(points), MAX_POINTS, endpoint=False).astype(np.int64)
-    sizes = np.diff(np.append(starts, len(points)))
-    means = np.add.reduceat(points, starts, axis=0) / sizes[:, None]
+    ends = np.append(starts[1:], len(points))
     values = points[:, 1]
+    means = np.add.reduceat(values, starts) / (ends - starts)
     low, high = np.minimum.reduceat(values, starts), np.maximum.reduceat(values, starts)
-    return Series(means[:, 0], means[:, 1], low, high, merged=True)
+    return Series(points[ends - 1, 0], means, low, high, merged=True)
 
 
 def metric_names(records: Sequence[Record], group: str) -> list[str]:

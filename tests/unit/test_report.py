@@ -151,7 +151,7 @@ def test_full_run_shows_everything(finished):
         "completed at step 200 of 200",
         "1.24× the teacher's",
         "stays at 82.4",
-        "131,072 tokens of held-out text",
+        "131,072 predicted tokens of held-out text",
         "1 (at step 100)",
         "train/grad_norm",
         "4; training waited 250",
@@ -249,6 +249,15 @@ def test_page_asks_nothing_of_a_network(finished):
     assert policy == "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 
 
+def test_amounts_are_drawn_from_zero(finished):
+    """Throughput hardly moves, so an axis that fits the data alone would show noise as if it were something."""
+    html = write_report(finished).read_text()
+    for title, bottom in (("Throughput", "0"), ("Peak memory", "0 B"), ("Agreement with the teacher", "0 %")):
+        (figure,) = re.findall(rf"<figcaption>{title}</figcaption>.*?</figure>", html, re.DOTALL)
+        labels = re.findall(r"<text[^>]*>([^<]*)</text>", figure.replace(quantities.THIN_SPACE, " "))
+        assert bottom in labels[labels.index("step") :], labels
+
+
 def test_charts_wear_the_colours_of_the_page_and_share_no_ids(finished):
     html = write_report(finished, results=make_results()).read_text()
     used = set(re.findall(r"var\((--[\w-]+)\)", html))
@@ -339,6 +348,7 @@ def test_long_series_are_merged_without_losing_their_extremes():
     assert (curve.high.max(), curve.low.min()) == (99.0, 0.0)
     assert curve.values[:-1] == pytest.approx(4.5)
     assert (curve.steps[1:] > curve.steps[:-1]).all()
+    assert curve.steps[-1] == 100_001
     assert len(series(records, "b")) == 0
 
 
