@@ -12,6 +12,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
+from zstandard import ZstdError
+
+from data_tools.zstd_file import open_zstd
 from engine.errors import DataError
 
 TEXT_ENDINGS = (".txt", ".text", ".tokens")
@@ -67,9 +70,7 @@ def _open(path: str) -> IO[bytes]:
     if path.endswith(".gz"):
         return gzip.open(path, "rb")  # type: ignore[return-value]
     if path.endswith(".zst"):
-        import zstandard
-
-        return zstandard.open(path, "rb")
+        return open_zstd(path)
     return open(path, "rb")
 
 
@@ -85,12 +86,8 @@ def _lines(path: str) -> Iterator[str]:
             f"{path}:{number}: byte {problem.object[problem.start]:#04x} at column {problem.start + 1} is not UTF-8; "
             "convert the file (for example with iconv)"
         ) from problem
-    except (OSError, EOFError, zlib.error) as problem:
-        raise DataError(f"{path}: cannot be read past line {number} ({problem})") from problem
-    except Exception as problem:
-        if type(problem).__name__ == "ZstdError":
-            raise DataError(f"{path}: cannot be read past line {number} ({problem})") from problem
-        raise
+    except (OSError, EOFError, zlib.error, ZstdError) as problem:
+        raise DataError(f"{path}: cannot be read past line {number} ({problem}); copy or make it again") from problem
 
 
 def _read_text(path: str, one_per_line: bool) -> Iterator[str]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import re
 import threading
 import time
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from concurrent.futures import Future
@@ -76,10 +78,10 @@ class LocalFile:
     def __init__(self, address: str) -> None:
         self._address = address
         try:
-            self._file = open(address, "rb", buffering=0)  # noqa: SIM115 closed with the last reference
+            self._descriptor = os.open(address, os.O_RDONLY)
         except OSError as problem:
             raise _unreadable(address, problem) from problem
-        self._descriptor = self._file.fileno()
+        weakref.finalize(self, os.close, self._descriptor)
         self.num_bytes = os.fstat(self._descriptor).st_size
 
     def read(self, start: int, end: int) -> bytes:
@@ -165,8 +167,8 @@ def _ask(address: str, question: Callable[[Any, str], Any]) -> Any:
 def _is_absent(problem: BaseException) -> bool:
     """fsspec's http file system also calls a file absent when the server was too busy to say how long it is."""
     hidden = problem.__cause__
-    told = hidden is None or isinstance(hidden, FileNotFoundError) or getattr(hidden, "status", None) == 404
-    return isinstance(problem, FileNotFoundError) and told
+    by_http = type(hidden).__module__.startswith("aiohttp") and getattr(hidden, "status", None) != 404
+    return isinstance(problem, FileNotFoundError) and not by_http and not isinstance(hidden, asyncio.TimeoutError)
 
 
 def _unreadable(address: str, problem: Exception, tries: int = 1) -> DataError:
