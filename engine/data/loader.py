@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import fields, replace
 from functools import partial
@@ -88,7 +88,9 @@ class Loader:
                     ahead.append([pool.submit(self._collate, micro) for micro in self._micro_batches(next_step)])
                     if len(ahead) > self._prefetch_steps:
                         break
-                collated = [future.result() for future in ahead.popleft()]
+                futures = ahead.popleft()
+                wait(futures)  # wakes this thread once, where result() of each would interrupt the readers every time
+                collated = [future.result() for future in futures]
                 for error in (error for micro in collated for error in micro.damage):
                     num_bad_samples += 1
                     self._accept(error, num_bad_samples)

@@ -10,12 +10,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from engine.data.stateless import bits_at, fold, to_unit
+from engine.data.stateless import bits_at, fold
 from engine.schema import IGNORE
 
-_NEVER = np.iinfo(np.uint64).max
-_FATE_STREAM, _STAND_IN_STREAM = np.uint64(1 << 32), np.uint64(1 << 33)
-"""far past any position, so the three draws of a position are different numbers"""
+_TO_31_BITS = np.uint64(33)
+"""the rank of a place is the high half of its random number, its fate the low half"""
+_SECOND_DRAW = np.int64(1 << 32)
+"""far past any place: a number of the same stream that serves nothing else"""
 
 
 @dataclass(frozen=True)
@@ -66,29 +67,55 @@ def mask_tokens(
     """
     input_ids = token_ids.astype(np.int64)
     labels = np.full(len(token_ids), IGNORE, dtype=np.int64)
-    ends = np.cumsum(lengths)
-    positions = np.arange(len(token_ids), dtype=np.uint64) - np.repeat((ends - lengths).astype(np.uint64), lengths)
-    key_of = np.repeat(np.array(keys, dtype=np.uint64), lengths)
-    bits = bits_at(key_of, positions)
-    rank = bits if weights is None else -np.log(to_unit(bits)) / weights[token_ids]
-    rank[~maskable] = _NEVER if weights is None else np.inf
-    chosen = _smallest(rank, maskable, ends.tolist(), settings.mask_fraction)
+    if len(token_ids) == 0:
+        return input_ids, labels
+    starts = np.cumsum(lengths) - lengths
+    streams = np.array(keys, dtype=np.uint64)
+    places = np.arange(max(lengths))
+    is_token = places < np.array(lengths)[:, None]
+    bits = bits_at(streams[:, None], places)
+    rank = (bits >> _TO_31_BITS).astype(np.uint32)
+    if weights is not None:
+        weight = np.ones(is_token.shape)
+        weight[is_token] = weights[token_ids]
+        rank = (-np.log(_to_unit(rank, 31)) / weight).astype(np.float32)
+    allowed = np.zeros(is_token.shape, dtype=bool)
+    allowed[is_token] = maskable
+    in_grid = np.flatnonzero(_lowest(rank, allowed, settings.mask_fraction))
+    samples, columns = np.divmod(in_grid, len(places))
+    chosen = starts[samples] + columns
     labels[chosen] = input_ids[chosen]
-    key_of, positions = key_of[chosen], positions[chosen]
-    fate = to_unit(bits_at(key_of, positions + _FATE_STREAM))
-    pick = bits_at(key_of, positions + _STAND_IN_STREAM) % np.uint64(len(settings.ordinary_ids))
-    shown = np.where(fate < settings.mask_replace, settings.mask_id, settings.ordinary_ids[pick])
+    fate = _to_unit(bits.ravel()[in_grid].astype(np.uint32), 32)
+    stand_in = _pick(settings.ordinary_ids, bits_at(streams[samples], columns + _SECOND_DRAW))
+    shown = np.where(fate < settings.mask_replace, settings.mask_id, stand_in)
     changed = fate < settings.mask_replace + settings.mask_random
     input_ids[chosen[changed]] = shown[changed]
     return input_ids, labels
 
 
-def _smallest(rank: np.ndarray, maskable: np.ndarray, ends: list[int], fraction: float) -> np.ndarray:
-    """Where the samples' lowest ranks are: of each as many as are to be masked."""
-    chosen = [np.empty(0, dtype=np.int64)]
-    for start, end in zip([0, *ends], ends):
-        num_maskable = np.count_nonzero(maskable[start:end])
-        if num_maskable:
-            count = max(1, round(fraction * num_maskable))
-            chosen.append(np.argpartition(rank[start:end], count - 1)[:count] + start)
-    return np.concatenate(chosen)
+def _lowest(rank: np.ndarray, allowed: np.ndarray, fraction: float) -> np.ndarray:
+    """[B, T] bool: in each row the allowed places of lowest ``rank`` [B, T], as many as are to be masked.
+
+    Ranks have four bytes because sorting those is several times as fast. They may be equal, once in some ten thousand
+    samples at the cut; then the first places are taken.
+    """
+    never = np.inf if rank.dtype == np.float32 else np.iinfo(np.uint32).max
+    rank[~allowed] = never
+    num_allowed = np.count_nonzero(allowed, axis=1)
+    counts = np.where(num_allowed > 0, np.maximum(1, np.rint(fraction * num_allowed)), 0).astype(np.int64)
+    highest = np.sort(rank, axis=1)[np.arange(len(rank)), counts - 1]
+    lowest = (rank <= highest[:, None]) & (counts > 0)[:, None]
+    excess = np.count_nonzero(lowest, axis=1) - counts
+    for row in np.flatnonzero(excess):
+        lowest[row, np.flatnonzero(rank[row] == highest[row])[-excess[row] :]] = False
+    return lowest
+
+
+def _pick(choices: np.ndarray, bits: np.ndarray) -> np.ndarray:
+    """One of the ``choices`` for each uint64, all as likely but for one part in 2^32 (no division: it is slow)."""
+    return choices[(((bits >> np.uint64(32)) * np.uint64(len(choices))) >> np.uint64(32)).astype(np.int64)]
+
+
+def _to_unit(bits: np.ndarray, num_bits: int) -> np.ndarray:
+    """float64 in (0, 1) from whole numbers below 2^num_bits: never 0, so its logarithm is finite."""
+    return (bits + 0.5) * 2.0**-num_bits

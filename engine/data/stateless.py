@@ -21,7 +21,7 @@ def fold(*parts: int | str) -> int:
 
 def bits_at(keys: np.ndarray | np.uint64, indices: np.ndarray) -> np.ndarray:
     """uint64, uniform: number ``indices`` of the stream of ``keys``. The two broadcast; any element costs the same."""
-    z = np.asarray(indices, dtype=np.uint64) + np.uint64(1)
+    z = indices.astype(np.uint64) + np.uint64(1)
     z *= _GAMMA
     z = z + keys
     z ^= z >> np.uint64(30)
@@ -35,11 +35,6 @@ def bits_at(keys: np.ndarray | np.uint64, indices: np.ndarray) -> np.ndarray:
 def random_bits(key: int, count: int) -> np.ndarray:
     """[count] uint64, uniform: the first numbers of a stream."""
     return bits_at(np.uint64(key), np.arange(count, dtype=np.uint64))
-
-
-def to_unit(bits: np.ndarray) -> np.ndarray:
-    """float64 in (0, 1) from uint64: never 0, so its logarithm is finite."""
-    return ((bits >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
 
 
 def permutation(key: int, count: int) -> np.ndarray:
