@@ -4,25 +4,32 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from typing import Any
 
 import torch
-import transformers
 from torch import Tensor
-from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from engine.errors import CheckpointError
+from engine.models import DTYPES, cast
 
 log = logging.getLogger("stillhouse")
 
 PREFIX = "model."
 """Where the student lies in the module that is trained; projections of the objective are left behind."""
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+AUTO_CLASSES: dict[str, Any] = {"masked_lm": AutoModelForMaskedLM, "causal_lm": AutoModelForCausalLM}
 
 
-def student_from_state(state: dict[str, Tensor], config_folder: Path, model_class: str) -> PreTrainedModel:
+def student_from_state(state: dict[str, Tensor], config_folder: Path, task: str) -> PreTrainedModel:
     """The student in fp32, in evaluation mode. Raises CheckpointError when the weights are not those of its config."""
     config = AutoConfig.from_pretrained(config_folder)
-    model: PreTrainedModel = getattr(transformers, model_class).from_config(config, dtype=torch.float32)
+    model: PreTrainedModel = AUTO_CLASSES[task].from_config(config, dtype=torch.float32)
     weights = {name.removeprefix(PREFIX): tensor for name, tensor in state.items() if name.startswith(PREFIX)}
     missing, unexpected = model.load_state_dict(weights, strict=False)
     missing = [name for name in missing if name in dict(model.named_parameters())]  # buffers are made anew
@@ -36,17 +43,22 @@ def student_from_state(state: dict[str, Tensor], config_folder: Path, model_clas
 
 
 def export_student(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, card: str, dtype: str = "fp32"
+    model: PreTrainedModel,
+    task: str,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    card: str,
+    dtype: str = "fp32",
 ) -> Path:
     """Write config, safetensors, tokenizer and model card to ``folder``, then read it back and compare logits.
 
     Raises CheckpointError when what was read back gives other logits.
     """
-    model = model.to(DTYPES[dtype])
+    model = cast(model, DTYPES[dtype])
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     (folder / "README.md").write_text(card)
-    again = getattr(transformers, _auto_class(model)).from_pretrained(folder, dtype=DTYPES[dtype]).eval()
+    again = AUTO_CLASSES[task].from_pretrained(folder, dtype=DTYPES[dtype]).eval()
     ids = torch.arange(8).unsqueeze(0) % model.config.vocab_size
     with torch.no_grad():
         difference = (model(input_ids=ids).logits.float() - again(input_ids=ids).logits.float()).abs().max().item()
@@ -56,11 +68,6 @@ def export_student(
         )
     log.info("exported to %s; read back, its logits are the same (difference %.1g)", folder, difference)
     return folder
-
-
-def _auto_class(model: PreTrainedModel) -> str:
-    causal = type(model) in transformers.AutoModelForCausalLM._model_mapping.values()
-    return "AutoModelForCausalLM" if causal else "AutoModelForMaskedLM"
 
 
 def model_card(name: str, task: str, teacher: str | None, loss_lines: list[str], figures: dict[str, str]) -> str:

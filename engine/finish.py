@@ -2,12 +2,118 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from transformers import PreTrainedModel
 
-from engine.parts import Parts
+from engine.checkpoint import newest, read_meta
+from engine.compare import Contender, compare
+from engine.config.run import RunConfig, StudentSection
+from engine.config.terms import Ramp, Term
+from engine.dist import Control, Ranks
+from engine.errors import ConfigError
+from engine.export import export_student, model_card, student_from_state
+from engine.models import load_model
+from engine.parts import Parts, Place, build_parts
+from engine.report import Results, results_table, write_report
+from engine.runfolder import read_config
+from engine.tasks.tokenizer import load_tokenizer
+from engine.zero import consolidate
+
+log = logging.getLogger("stillhouse")
 
 
 def finish_run(parts: Parts, folder: Path, device: torch.device, finished: bool) -> None:
-    return None
+    """Export and score the student of a run that reached its end; write the report in any case."""
+    results = None
+    if finished:
+        student = load_student(folder, newest(folder / "checkpoints"), parts.task.kind)
+        results = score_student(student, parts, device)
+        export_run(student, folder, folder / "export", parts.run.config, results)
+    path = write_report(folder, results=results)
+    log.info("report: %s", path)
+
+
+def load_student(folder: Path, checkpoint: Path, task: str) -> PreTrainedModel:
+    """The student of a checkpoint in fp32, with the config that its run folder keeps."""
+    return student_from_state(consolidate(checkpoint), folder / "student", task)
+
+
+def evaluate_run(
+    folder: Path, checkpoint: Path | None, manifest: str | None, control: str | None, overrides: Sequence[str]
+) -> list[str]:
+    """Score a checkpoint (the newest, if None), write results and report, and give the lines of a table.
+
+    Raises CheckpointError when there is no such checkpoint, ConfigError when there is no held-out text.
+    """
+    config = read_config(folder, ["run.precision=auto", "teacher.precision=auto", *overrides])
+    config = config.model_copy(update={"zero": {"zero_optimization": {"stage": 0}}})  # nothing is trained here
+    if manifest is None and config.evaluation.manifest is None:
+        raise ConfigError(f"{folder}: the run has no evaluation.manifest; give --manifest HELDOUT/manifest.json")
+    checkpoint = checkpoint or newest(folder / "checkpoints")
+    read_meta(checkpoint)
+    ranks = Ranks(0, 1, 0)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    parts = build_parts(config, Place(ranks, Control(ranks), device))
+    results = score_student(load_student(folder, checkpoint, config.task.kind), parts, device, manifest, control)
+    assert results is not None
+    path = write_report(folder, results=results)
+    return [*results_table(results), f"checkpoint: {checkpoint}", f"report: {path}"]
+
+
+def score_student(
+    student: PreTrainedModel,
+    parts: Parts,
+    device: torch.device,
+    manifest: str | None = None,
+    control: str | None = None,
+) -> Results | None:
+    """Score student, teacher and control on one rank. None when there is no held-out text."""
+    config = parts.run.config
+    manifest = manifest or config.evaluation.manifest
+    control = control or config.evaluation.control
+    if manifest is None:
+        return None
+    contenders = []
+    if parts.teacher is not None:
+        contenders.append(Contender("teacher", "teacher", parts.teacher))
+    if control is not None:
+        section = StudentSection(model=control, attention=config.student.attention)
+        twin = load_model(section, parts.task.model_class_name, torch.float32, "evaluation.control")
+        contenders.append(Contender("control", "control", twin.to(device)))
+    contenders.append(Contender("student", "student", student.to(device)))
+    ranks = Ranks(0, 1, 0)
+    return compare(contenders, parts, Place(ranks, Control(ranks), device), manifest)
+
+
+def export_run(
+    student: PreTrainedModel,
+    folder: Path,
+    output: Path,
+    config: RunConfig,
+    results: Results | None,
+    dtype: str = "fp32",
+) -> Path:
+    """The student as a Hugging Face folder with tokenizer and model card."""
+    figures = {"parameters": f"{student.num_parameters():,}"}
+    for model in results.models if results is not None else ():
+        if model.perplexity is not None:
+            figures[f"held-out perplexity, {model.name}"] = f"{model.perplexity:.2f}"
+        if model.role == "student" and model.agreement is not None:
+            figures["same first choice as the teacher"] = f"{model.agreement:.1%}"
+    card = model_card(
+        config.run.name, config.task.kind, config.teacher.model, [_line(t) for t in config.losses], figures
+    )
+    return export_student(student, config.task.kind, load_tokenizer(str(folder / "student")), output, card, dtype)
+
+
+def _line(term: Term) -> str:
+    settings = term.model_dump(exclude={"kind"})
+    words = []
+    for key, value in settings.items():
+        ramp = getattr(term, key)
+        words.append(f"{key} {ramp.start} to {ramp.end}" if isinstance(ramp, Ramp) else f"{key} {value}")
+    return f"{term.model_dump()['kind']}: {', '.join(words)}"

@@ -14,6 +14,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from engine.config.run import ModelSection
 from engine.errors import ConfigError
 
+transformers.utils.logging.disable_progress_bar()  # every rank would show one for every model it reads
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth")
 
@@ -75,6 +76,14 @@ def fresh_model(config: PreTrainedConfig, section: ModelSection, model_class: st
         config, dtype=torch.float32, trust_remote_code=section.trust_remote_code, **_attention(section)
     )
     model.config.use_cache = False
+    return model
+
+
+def cast(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """The model with its parameters in ``dtype``, in place. Buffers stay: rotary frequencies rounded to 16 bits turn
+    distant positions by radians."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
     return model
 
 

@@ -10,12 +10,14 @@ import json
 import platform
 import subprocess
 import sys
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from engine.config.load import load_config
 from engine.config.run import RunConfig
 from engine.errors import CheckpointError
 
@@ -54,6 +56,14 @@ def check_owner(folder: Path, config: RunConfig) -> None:
             f"{folder} belongs to a run with other settings:\n{shown}\n"
             "give this run another run.name, or start it anew with --resume never (the old folder is kept, renamed)"
         )
+
+
+def read_config(folder: Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """The config that the run in ``folder`` was started with. Raises CheckpointError when it is no run's folder."""
+    path = folder / CONFIG
+    if not path.is_file():
+        raise CheckpointError(f"{folder}: not a run's folder (no {CONFIG} in it)")
+    return load_config(str(path), overrides)
 
 
 def set_aside(folder: Path) -> Path | None:

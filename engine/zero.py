@@ -70,9 +70,12 @@ class StudentEngine:
                 eps=optimizer.eps,
                 fused=device.type == "cuda",
             )
+        buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
         self._engine, self._optimizer, _, _ = deepspeed.initialize(
             model=module, model_parameters=None if own else groups, optimizer=own, config=config
         )
+        for name, buffer in module.named_buffers():  # DeepSpeed rounds rotary frequencies to the training precision
+            buffer.data = buffers[name].to(buffer.device)
         self._engine.checkpoint_engine = self._writer = SnapshotWriter()
         self.zero_stage: int = self._engine.zero_optimization_stage()
         self._world_size = self._engine.world_size

@@ -15,7 +15,7 @@ def results_table(results: Results) -> list[str]:
     lines.insert(1, "-" * len(lines[0]))
     if results.num_heldout_tokens is not None:
         lines.append(
-            f"on {results.num_heldout_tokens:,} held-out positions; agreement: same first choice as the teacher"
+            f"on {results.num_heldout_tokens:,} held-out positions; agreement: the teacher's first choice"
         )
     return lines
 

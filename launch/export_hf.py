@@ -1,0 +1,44 @@
+"""Write the student of a complete checkpoint as a Hugging Face folder.
+
+    python launch/export_hf.py --run runs/NAME [--checkpoint runs/NAME/checkpoints/step_00001000] [--output FOLDER]
+
+Works for any ZeRO stage and number of ranks, on one CPU. The export is read back and its logits compared.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from engine.log import run_main, setup
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", required=True, type=Path, help="the run's folder")
+    parser.add_argument("--checkpoint", type=Path, help="a checkpoint's folder (default: the newest complete one)")
+    parser.add_argument("--output", type=Path, help="where to write (default: RUN/export)")
+    parser.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), default="fp32", help="of the weights written")
+    return parser.parse_args()
+
+
+def main() -> int:
+    arguments = parse_arguments()
+    setup(rank=0)
+    from engine.checkpoint import newest, read_meta
+    from engine.finish import export_run, load_student
+    from engine.report import Results
+    from engine.runfolder import read_config
+
+    folder: Path = arguments.run
+    config = read_config(folder)
+    checkpoint = arguments.checkpoint or newest(folder / "checkpoints")
+    read_meta(checkpoint)
+    student = load_student(folder, checkpoint, config.task.kind)
+    results = Results.load(folder) if arguments.checkpoint is None else None
+    export_run(student, folder, arguments.output or folder / "export", config, results, arguments.dtype)
+    return 0
+
+
+if __name__ == "__main__":
+    run_main(main)
