@@ -48,7 +48,9 @@ def build_trainer(parts: Parts, place: Place, resume: str, stop: StopSignal, sho
     torch.manual_seed(config.run.seed + place.ranks.rank)  # dropout differs over the ranks
     module = StudentWithObjective(parts.student.model, objective, parts.task.model_inputs)
     flops = training_flops_per_token(parts.student.model, parts.teacher, sequence_tokens=manifest.sequence_tokens)
-    engine = StudentEngine(module, run.deepspeed, config.optimizer, place.device)
+    engine = StudentEngine(
+        module, run.deepspeed, config.optimizer, place.device, head_loss=objective.head_loss, head=module.head
+    )
     state, num_bad = TrainState(), 0
     if checkpoint is not None:
         state, num_bad = load_checkpoint(checkpoint, engine, parts, place)

@@ -47,11 +47,11 @@ def compare(contenders: list[Contender], parts: Parts, place: Place, manifest: s
     for contender in contenders:
         if contender.model is teacher:
             measured = next(iter(evaluations.values()))
-            loss, agreement = measured.teacher_loss, 1.0
+            scores: tuple[float | None, float | None] = (measured.teacher_loss, 1.0)
         else:
             measured = evaluations[contender.name]
-            loss, agreement = measured.student_loss, measured.agreement
-        results.append(_result(contender, loss, agreement, batch, seconds[contender.name]))
+            scores = (measured.student_loss, measured.agreement)
+        results.append(_result(contender, *scores, batch, seconds[contender.name]))
     return Results(
         models=tuple(results),
         predictions=tuple(_predictions(contenders, batch, parts)),
@@ -146,11 +146,11 @@ def _predictions(contenders: list[Contender], batch: Batch, parts: Parts) -> lis
             for name, scores in logits.items():
                 best = scores[text, position, :num_ids].float().softmax(0).topk(min(NUM_GUESSES, num_ids))
                 guesses[name] = tuple(
-                    Word(parts.tokenizer.decode([index]), probability)
+                    Word(_text([index], parts), probability)
                     for probability, index in zip(best.values.tolist(), best.indices.tolist())
                 )
             before, after = _context(batch, text, position, parts)
-            truth = parts.tokenizer.decode([int(batch.labels[text, position])])
+            truth = _text([int(batch.labels[text, position])], parts)
             predictions.append(Prediction(before, truth, after, guesses))
     return predictions
 
@@ -167,4 +167,8 @@ def _context(batch: Batch, text: int, position: int, parts: Parts) -> tuple[str,
     after = (
         [] if causal else [int(i) for i, inside in zip(ids[position + 1 : last], same[position + 1 : last]) if inside]
     )
-    return parts.tokenizer.decode(before), parts.tokenizer.decode(after)
+    return _text(before, parts), "" if causal else _text(after, parts)
+
+
+def _text(ids: list[int], parts: Parts) -> str:
+    return str(parts.tokenizer.decode(ids))

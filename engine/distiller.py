@@ -16,6 +16,7 @@ from engine.dist import Control, StopSignal, read_ranks
 from engine.finish import finish_run
 from engine.log import Progress, setup
 from engine.parts import Parts, Place, build_parts
+from engine.tracking import Status
 from engine.zero import init_distributed
 
 log = logging.getLogger("stillhouse")
@@ -61,7 +62,7 @@ class Distiller:
             setup(place.ranks.rank, self.folder / "log.txt" if is_main else None)
             for part, origin in parts.student.origins:
                 log.debug("student %s <- %s", part, origin)
-            status = "failed"
+            status: Status = "failed"
             try:
                 finished = trainer.train()
                 status = "completed" if finished else "stopped"

@@ -16,7 +16,7 @@ from engine.config.terms import Ramp, Term
 from engine.dist import Control, Ranks
 from engine.errors import ConfigError
 from engine.export import export_student, model_card, student_from_state
-from engine.models import load_model
+from engine.models import load_model, move
 from engine.parts import Parts, Place, build_parts
 from engine.report import Results, results_table, write_report
 from engine.runfolder import read_config
@@ -83,8 +83,8 @@ def score_student(
     if control is not None:
         section = StudentSection(model=control, attention=config.student.attention)
         twin = load_model(section, parts.task.model_class_name, torch.float32, "evaluation.control")
-        contenders.append(Contender("control", "control", twin.to(device)))
-    contenders.append(Contender("student", "student", student.to(device)))
+        contenders.append(Contender("control", "control", move(twin, device)))
+    contenders.append(Contender("student", "student", move(student, device)))
     ranks = Ranks(0, 1, 0)
     return compare(contenders, parts, Place(ranks, Control(ranks), device), manifest)
 

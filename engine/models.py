@@ -87,6 +87,12 @@ def cast(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
     return model
 
 
+def move(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
+    """The model on ``device``; transformers' own ``to`` has lost its types."""
+    nn.Module.to(model, device)
+    return model
+
+
 def shell(config: PreTrainedConfig, model_class: str) -> PreTrainedModel:
     """The model on the meta device: shapes without weights."""
     with torch.device("meta"):

@@ -16,7 +16,7 @@ from engine.data.shards import ShardSet
 from engine.dist import Control, Ranks
 from engine.errors import ConfigError
 from engine.losses.head import HeadTap, check_head
-from engine.models import DTYPES, cast, load_model
+from engine.models import DTYPES, cast, load_model, move
 from engine.student.build import BuiltStudent, build_student
 from engine.tasks.packing_trial import check_packing, toy_inputs
 from engine.tasks.task import Task, build_task
@@ -84,7 +84,7 @@ def build_parts(config: RunConfig, place: Place) -> Parts:
         if model is not None:
             _check_model(model, task, role, vocab_size(tokenizer), manifest.sequence_tokens)
     if teacher is not None:
-        teacher = cast(teacher, DTYPES[run.teacher_precision]).to(place.device)
+        teacher = move(cast(teacher, DTYPES[run.teacher_precision]), place.device)
     return Parts(run, shards, tokenizer, task, student, teacher)
 
 

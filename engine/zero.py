@@ -22,6 +22,7 @@ from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoin
 
 from engine.config.run import OptimizerSection
 from engine.errors import CheckpointError, TrainingError
+from engine.schema import Head
 
 TAG = "zero"
 """DeepSpeed's name for its folder in a checkpoint."""
@@ -57,9 +58,15 @@ class StudentEngine:
     """
 
     def __init__(
-        self, module: nn.Module, config: dict[str, Any], optimizer: OptimizerSection, device: torch.device
+        self,
+        module: nn.Module,
+        config: dict[str, Any],
+        optimizer: OptimizerSection,
+        device: torch.device,
+        head_loss: nn.Module,
+        head: Head,
     ) -> None:
-        self.module = module
+        """``head_loss`` uses the weights of ``head``, which belong to another module: ZeRO-3 must gather them there."""
         groups = _parameter_groups(module, optimizer.weight_decay)
         own = None
         if "optimizer" not in config:
@@ -80,9 +87,8 @@ class StudentEngine:
         self.zero_stage: int = self._engine.zero_optimization_stage()
         self._world_size = self._engine.world_size
         if self.zero_stage == 3:
-            for parameter in (module.head.weight, module.head.bias):
-                if parameter is not None:
-                    deepspeed.zero.register_external_parameter(module.objective.head_loss, parameter)
+            for parameter in [tensor for tensor in (head.weight, head.bias) if tensor is not None]:
+                deepspeed.zero.register_external_parameter(head_loss, parameter)
 
     def __call__(self, *inputs: Any) -> tuple[Tensor, Tensor]:
         return self._engine(*inputs)

@@ -172,8 +172,10 @@ def _block_gradient(
         if loss.kind == "cross_entropy":
             value, gradient = _cross_entropy(log_q[t], index)
         elif loss.kind == "logits_mse":
+            assert z_teacher is not None
             value, gradient = logits_mse(z, z_teacher)
         else:
+            assert z_teacher is not None
             if t not in log_p:
                 log_p[t] = torch.log_softmax(z_teacher if t == 1.0 else z_teacher / t, dim=1)
             extra = () if loss.parameter is None else (loss.parameter,)

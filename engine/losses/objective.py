@@ -131,9 +131,14 @@ class Objective(nn.Module):
         total, logit_raw, metrics = self.head_loss(select_rows(head_input, rows), head, inputs)
         loss = total / num_labels
         raw = list(torch.unbind(logit_raw))
-        for i in self.pairs:
-            value = self._hidden_value(i, hidden_states, targets, batch)
-            over = num_tokens if self.terms[i].restrict_to == "all" else num_labels
+        for i, pairs in self.pairs.items():
+            term = self.terms[i]
+            assert isinstance(term, HiddenTerm)
+            assert targets is not None
+            everywhere = term.restrict_to == "all"
+            term_rows = batch.token_rows if everywhere else batch.label_rows
+            value = self._hidden_value(i, term.kind, pairs, hidden_states, targets.hidden_states, term_rows)
+            over = num_tokens if everywhere else num_labels
             loss = loss + value * (self.weight(i, context.step) / over)
             raw.insert(i, value.detach())
         weighted = [value * self.weight(i, context.step) for i, value in enumerate(raw)]
@@ -154,17 +159,23 @@ class Objective(nn.Module):
             labelled_only=not everywhere,
         )
 
-    def _hidden_value(self, index: int, states: tuple[Tensor, ...], targets: Targets | None, batch: Batch) -> Tensor:
-        term = self.terms[index]
-        assert targets is not None
-        rows = batch.token_rows if term.restrict_to == "all" else batch.label_rows
-        total = states[0].new_zeros((), dtype=torch.float32)
-        for number, (student_layer, teacher_layer) in enumerate(self.pairs[index]):
-            ours = select_rows(states[student_layer], rows)
+    def _hidden_value(
+        self,
+        index: int,
+        kind: str,
+        pairs: tuple[tuple[int, int], ...],
+        student: tuple[Tensor, ...],
+        teacher: tuple[Tensor, ...],
+        rows: Tensor,
+    ) -> Tensor:
+        """Mean over the layer pairs of the sum over ``rows``."""
+        total = student[0].new_zeros((), dtype=torch.float32)
+        for number, (student_layer, teacher_layer) in enumerate(pairs):
+            ours = select_rows(student[student_layer], rows)
             if (name := f"{index}_{number}") in self.projections:
                 ours = self.projections[name](ours)
-            total = total + HIDDEN_LOSSES[term.kind](ours, select_rows(targets.hidden_states[teacher_layer], rows))
-        return total / len(self.pairs[index])
+            total = total + HIDDEN_LOSSES[kind](ours, select_rows(teacher[teacher_layer], rows))
+        return total / len(pairs)
 
 
 def _names(terms: Sequence[AnyTerm]) -> list[str]:
