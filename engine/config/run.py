@@ -131,8 +131,9 @@ class DataSection(Section):
     """Fixed slices of the data order. The number of ranks must divide it; more lanes allow more ranks later."""
     shuffle_samples: Count = 1024
     """Samples shuffled together inside a lane."""
-    reader_threads: Count = 2
-    """Threads that read and collate ahead of training."""
+    reader_threads: Count = 1
+    """Threads that read and collate ahead of training. One is fastest where reading does not wait; more hide the
+    latency of http(s)://, s3:// and slow shared disks."""
     prefetch_steps: Count = 2
     """Steps kept ready."""
     max_bad_samples: Annotated[int, Field(ge=0)] = 0

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import fields, replace
@@ -59,7 +60,7 @@ class Loader:
         micro_sequences: int,
         rank: int = 0,
         world_size: int = 1,
-        reader_threads: int = 2,
+        reader_threads: int = 1,
         prefetch_steps: int = 2,
         max_bad_samples: int = 0,
         num_bad_samples: int = 0,
@@ -72,8 +73,10 @@ class Loader:
         self._reader_threads, self._prefetch_steps = reader_threads, prefetch_steps
         self._max_bad_samples, self._num_bad_samples = max_bad_samples, num_bad_samples
         self._pin_memory = pin_memory
+        # Two threads in NumPy at once take the interpreter from each other at every call, and cost more than one.
+        self._turn = threading.Lock()
 
-    def steps(self, start_step: int = 0) -> Iterator[StepBatches]:
+    def steps(self, start_step: int = 0) -> Generator[StepBatches, None, None]:
         """Steps ``start_step`` to ``num_steps - 1``. Closing the iterator ends its threads.
 
         Raises, at the step that it belongs to, whatever reading or labelling raised: DataError for the damaged
@@ -114,9 +117,10 @@ class Loader:
                 damage.append(error)
                 shard = self._shards.manifest.shards[location.shard].name
                 samples.append(Sample(shard, f"record {location.index}", _NOTHING, _NOTHING, sound=False))
-        labelled = self._label(samples, [location.epoch for location in locations])
         manifest = self._shards.manifest
-        batch = collate(samples, labelled, pad_id=manifest.pad_id, sequence_tokens=manifest.sequence_tokens)
+        with self._turn:
+            labelled = self._label(samples, [location.epoch for location in locations])
+            batch = collate(samples, labelled, pad_id=manifest.pad_id, sequence_tokens=manifest.sequence_tokens)
         return _Collated(_pinned(batch) if self._pin_memory else batch, tuple(damage))
 
     def _accept(self, error: DataError, num_bad_samples: int) -> None:

@@ -78,17 +78,17 @@ def mask_tokens(
     if weights is not None:
         weight = np.ones(is_token.shape)
         weight[is_token] = weights[token_ids]
-        rank = (-np.log(_to_unit(rank, 31)) / weight).astype(np.float32)
-    allowed = np.zeros(is_token.shape, dtype=bool)
-    allowed[is_token] = maskable
-    in_grid = np.flatnonzero(_lowest(rank, allowed, settings.mask_fraction))
+        rank = (-np.log((rank + 0.5) * 2.0**-31) / weight).astype(np.float32)
+    is_maskable = np.zeros(is_token.shape, dtype=bool)
+    is_maskable[is_token] = maskable
+    in_grid = np.flatnonzero(_lowest(rank, is_maskable, settings.mask_fraction))
     samples, columns = np.divmod(in_grid, len(places))
     chosen = starts[samples] + columns
     labels[chosen] = input_ids[chosen]
-    fate = _to_unit(bits.ravel()[in_grid].astype(np.uint32), 32)
+    fate = bits.ravel()[in_grid].astype(np.uint32)
     stand_in = _pick(settings.ordinary_ids, bits_at(streams[samples], columns + _SECOND_DRAW))
-    shown = np.where(fate < settings.mask_replace, settings.mask_id, stand_in)
-    changed = fate < settings.mask_replace + settings.mask_random
+    shown = np.where(fate < settings.mask_replace * 2.0**32, settings.mask_id, stand_in)
+    changed = fate < (settings.mask_replace + settings.mask_random) * 2.0**32
     input_ids[chosen[changed]] = shown[changed]
     return input_ids, labels
 
@@ -114,8 +114,3 @@ def _lowest(rank: np.ndarray, allowed: np.ndarray, fraction: float) -> np.ndarra
 def _pick(choices: np.ndarray, bits: np.ndarray) -> np.ndarray:
     """One of the ``choices`` for each uint64, all as likely but for one part in 2^32 (no division: it is slow)."""
     return choices[(((bits >> np.uint64(32)) * np.uint64(len(choices))) >> np.uint64(32)).astype(np.int64)]
-
-
-def _to_unit(bits: np.ndarray, num_bits: int) -> np.ndarray:
-    """float64 in (0, 1) from whole numbers below 2^num_bits: never 0, so its logarithm is finite."""
-    return (bits + 0.5) * 2.0**-num_bits

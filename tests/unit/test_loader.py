@@ -5,6 +5,8 @@ from __future__ import annotations
 import threading
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,8 +14,9 @@ import torch
 
 from engine.data.collate import Labelled
 from engine.data.loader import Loader
-from engine.data.manifest import Manifest, ShardEntry
+from engine.data.manifest import MANIFEST, Manifest, ShardEntry, write_manifest
 from engine.data.order import DataOrder
+from engine.data.shards import ShardSet, ShardWriter
 from engine.errors import DataError
 from engine.schema import IGNORE, Batch, Sample, StepBatches
 
@@ -217,3 +220,46 @@ def test_other_errors_surface_at_their_step_too() -> None:
     with pytest.raises(ZeroDivisionError):
         next(steps)
     assert not reader_threads()
+
+
+def write_real_shards(folder: Path) -> ShardSet:
+    """The samples of MemoryShards on disk."""
+    memory, entries = MemoryShards(), []
+    for shard, size in enumerate(SHARDS):
+        with ShardWriter(folder / f"{shard}.tar", np.dtype("<u2")) as writer:
+            for index in range(size):
+                sample = memory.read(shard, index)
+                writer.add(sample.key, sample.token_ids, sample.document_tokens)
+        entries.append(writer.entry)
+    write_manifest(folder, replace(memory.manifest, shards=tuple(entries)), np.zeros(60_000, dtype=np.int64))
+    return ShardSet.open(str(folder / MANIFEST))
+
+
+def test_shards_on_disk_give_the_same_and_a_flipped_bit_is_one_bad_sample(tmp_path: Path) -> None:
+    order = DataOrder(SHARDS, seed=5, lanes=8, shuffle_samples=6)
+    settings = {"num_steps": 8, "global_sequences": 16, "micro_sequences": 4, "max_bad_samples": 1}
+    in_memory = [rows_of(step.micro_batches) for step in make_loader(num_steps=8).steps()]
+    steps = list(Loader(write_real_shards(tmp_path), order, label, **settings).steps())
+    assert [rows_of(step.micro_batches) for step in steps] == in_memory
+    shard, index = located(16 * 2 + 3)
+    content = bytearray((tmp_path / f"{shard}.tar").read_bytes())
+    start = content.index(f"{index}.tokens.npy\0".encode())
+    content[start + 512 + 128] ^= 1
+    (tmp_path / f"{shard}.tar").write_bytes(content)
+    steps = list(Loader(ShardSet.open(str(tmp_path / MANIFEST)), order, label, **settings).steps())
+    assert [step.num_bad_samples for step in steps] == [0, 0, 1, 1, 1, 1, 1, 1]
+    differing = [
+        (step.step, place)
+        for step, expected in zip(steps, in_memory, strict=True)
+        for place, (row, other) in enumerate(zip(rows_of(step.micro_batches), expected, strict=True))
+        if row != other
+    ]
+    assert differing == [(2, 3)]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_pinned_batches_are_the_same_batches() -> None:
+    for plain, pinned in zip(make_loader().steps(), make_loader(pin_memory=True).steps(), strict=True):
+        assert all(batch.input_ids.is_pinned() and batch.label_rows.is_pinned() for batch in pinned.micro_batches)
+        assert rows_of(plain.micro_batches) == rows_of(pinned.micro_batches)
