@@ -86,7 +86,8 @@ class _FusedHead(torch.autograd.Function):
             d_bias = torch.zeros_like(bias, dtype=torch.float32) if bias is not None and bias.requires_grad else None
         row_bytes = 4 * num_ids
         chunk_rows = max(16, CHUNK_BYTES[device.type] // row_bytes)
-        for start in range(0, hidden.shape[0], chunk_rows):
+        num_rows = hidden.shape[0] if inputs.losses or inputs.with_metrics else 0
+        for start in range(0, num_rows, chunk_rows):
             rows = slice(start, start + chunk_rows)
             h = hidden[rows]
             logits = head_logits(h, head, num_ids)
@@ -111,6 +112,8 @@ class _FusedHead(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         d_hidden, d_weight, d_bias = ctx.gradients
+        if d_hidden is None:  # hidden terms alone: the head takes no part
+            return None, None, None, None, None
         ctx.gradients = None, None, None
         weight_dtype, bias_dtype = ctx.dtypes
         if d_hidden.dtype == torch.float32:

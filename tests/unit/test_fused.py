@@ -18,8 +18,8 @@ from tests.references import relative_error
 
 BOUND = 1e-6
 SIGN_BOUND = 1e-3
-"""Total variation's gradient jumps where q = p. Of 40 x 1,000 logits some lie within fp32's rounding of that, and each
-whose sign turns moves the gradient by q: here 1e-4 of its norm."""
+"""Total variation's gradient jumps where q = p. Some of many logits lie within fp32's rounding of that, and each whose
+sign turns moves the gradient by q: up to 2.3e-4 of its norm was met with 152,000 ids."""
 LOSSES: dict[str, LogitLoss] = {
     "forward_kl": LogitLoss("forward_kl", 0.7, 2.0),
     "reverse_kl": LogitLoss("reverse_kl", 1.3, 1.5),
@@ -216,13 +216,13 @@ def test_loss_scale_and_accumulation(dtype: torch.dtype) -> None:
     assert relative_error(weight.grad, expected) <= (BOUND if dtype == torch.float32 else 1e-2)
 
 
-def test_a_small_incoming_gradient_is_not_rounded_away() -> None:
-    """1 / (a step's targets) is applied before 16-bit rounding: 1e-6 of a gradient keeps its digits."""
-    case = make_case([LOSSES["cross_entropy"]], dtype=torch.bfloat16)
-    _, _, large = ours(case, 1.0)
-    _, _, small = ours(case, 2.0**-20)
-    for ours_small, ours_large in zip(small, large):
-        torch.testing.assert_close(ours_small.float() * 2.0**20, ours_large.float())
+def test_a_loss_scale_beyond_fp16_is_applied_before_rounding() -> None:
+    """131,072 is infinite in fp16, its product with a small gradient is not."""
+    case = make_case([replace(LOSSES["cross_entropy"], coefficient=1e-3)], dtype=torch.float16)
+    _, _, gradients = ours(case, 131_072.0)
+    _, _, expected = reference(case, 131_072.0)
+    for gradient, wanted in zip(gradients, expected):
+        assert relative_error(gradient, wanted) <= 2e-3
 
 
 @pytest.mark.parametrize("kind", LOSSES)
