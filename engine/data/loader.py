@@ -103,7 +103,7 @@ class Loader:
     def _micro_batches(self, step: int) -> Iterator[list[Location]]:
         """Locations of each micro-batch. They are found here, by one thread, since the order keeps a cache."""
         first = step * self._global_sequences
-        mine = range(first + (self._rank - first) % self._world_size, first + self._global_sequences, self._world_size)
+        mine = range(first + self._rank, first + self._global_sequences, self._world_size)
         for start in range(0, len(mine), self._micro_sequences):
             yield [self._order.locate(sequence) for sequence in mine[start : start + self._micro_sequences]]
 
