@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
@@ -39,8 +40,8 @@ def load_hf_config(
 def load_model(section: ModelSection, model_class: str, dtype: torch.dtype, name: str) -> PreTrainedModel:
     """The pretrained model of ``section``, on the CPU, in evaluation mode.
 
-    Raises ConfigError when there is no such model, when only a pickle holds its weights and ``allow_pickle`` is not
-    set, or when the file lacks weights that the task's model needs.
+    Raises ConfigError when there is no such model, when its weights are damaged, of another shape than its config
+    says, or only in a pickle without ``allow_pickle``, or when the file lacks weights that the task's model needs.
     """
     assert section.model is not None
     remote_code = section.trust_remote_code
@@ -55,10 +56,17 @@ def load_model(section: ModelSection, model_class: str, dtype: torch.dtype, name
             use_safetensors=None if section.allow_pickle else True,
             trust_remote_code=remote_code,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # told below, with the shapes
             **_attention(section),
         )
-    except (OSError, ValueError, ImportError) as problem:
+    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as problem:
         raise ConfigError(f"{name}.model: cannot load {section.model!r}: {_first_line(problem)}") from problem
+    if info["mismatched_keys"]:
+        weight, found, wanted = min(info["mismatched_keys"])
+        raise ConfigError(
+            f"{name}.model: cannot load {section.model!r}: {len(info['mismatched_keys'])} weights have another shape "
+            f"than its config.json says, first {weight}: {tuple(found)}, expected {tuple(wanted)}"
+        )
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
         raise ConfigError(

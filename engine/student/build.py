@@ -26,12 +26,13 @@ class BuiltStudent:
 def build_student(
     section: StudentSection, model_class: str, seed: int, teacher: PreTrainedModel | None
 ) -> BuiltStudent:
-    """The student in fp32 on the CPU.
+    """The student in fp32 on the CPU, in training mode.
 
     Raises ConfigError when the model cannot be had, or a layer index is out of the teacher's range.
     """
     if section.model is not None:
-        return BuiltStudent(load_model(section, model_class, torch.float32, "student"), (("all", section.model),))
+        model = load_model(section, model_class, torch.float32, "student").train()
+        return BuiltStudent(model, (("all", section.model),))
     if section.config is not None:
         config = student_config(section, None)
         return BuiltStudent(fresh_model(config, section, model_class, seed), (("all", f"drawn from seed {seed}"),))
