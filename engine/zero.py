@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import redirect_stderr, redirect_stdout
 from datetime import timedelta
@@ -14,6 +15,8 @@ import torch
 from torch import Tensor, nn
 
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+if os.access(sys.prefix, os.W_OK):  # compiled ops belong to their environment: two that share a cache rebuild in turns
+    os.environ.setdefault("TORCH_EXTENSIONS_DIR", os.path.join(sys.prefix, "torch_extensions"))
 
 import deepspeed
 from deepspeed.accelerator import get_accelerator
