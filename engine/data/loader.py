@@ -17,13 +17,22 @@ import torch
 
 from engine.data.collate import Labelled, collate
 from engine.data.manifest import Manifest
-from engine.data.order import DataOrder, Location
+from engine.data.order import Location
 from engine.errors import DataError
 from engine.schema import Batch, Sample, StepBatches
 
 log = logging.getLogger(__name__)
 
 _NOTHING = np.empty(0, dtype=np.uint16)
+
+
+class Order(Protocol):
+    """What the loader asks of a DataOrder."""
+
+    @property
+    def sequences_per_epoch(self) -> int: ...
+
+    def locate(self, sequence: int) -> Location: ...
 
 
 class Shards(Protocol):
@@ -52,7 +61,7 @@ class Loader:
     def __init__(
         self,
         shards: Shards,
-        order: DataOrder,
+        order: Order,
         label: Callable[[Sequence[Sample], Sequence[int]], Labelled],
         *,
         num_steps: int,
