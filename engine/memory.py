@@ -1,4 +1,4 @@
-"""Device memory of a run by part, from shapes alone. Measured against real engines in tests/unit/test_memory.py."""
+"""Device memory of a run by part, from shapes alone. Tests hold it against real engines and real forward passes."""
 
 from __future__ import annotations
 

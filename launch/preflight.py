@@ -143,7 +143,7 @@ def _size(num_bytes: int) -> str:
 
 def _hours(hours: float) -> str:
     if hours < 1.0:
-        return f"{hours * 60:.0f} minutes"
+        return f"{max(1.0, hours * 60.0):.0f} min"
     return f"{hours:.1f} hours" if hours < 72.0 else f"{hours / 24:.1f} days"
 
 
