@@ -32,9 +32,8 @@ def build_trainer(parts: Parts, place: Place, resume: str, stop: StopSignal, sho
     """The trainer, resumed from a checkpoint where there is one. Collective."""
     run, config = parts.run, parts.run.config
     folder = Path(config.run.output) / config.run.name
-    store = CheckpointStore(folder / "checkpoints", place.control, config.checkpoint.keep)
-    checkpoint = open_run_folder(folder, store, parts, place, resume)
     manifest = parts.shards.manifest
+    torch.manual_seed(config.run.seed)  # projections, the same on every rank
     objective = Objective(
         config.losses,
         num_steps=run.num_steps,
@@ -42,6 +41,10 @@ def build_trainer(parts: Parts, place: Place, resume: str, stop: StopSignal, sho
         student=_shape(parts.student.model),
         teacher=_shape(parts.teacher) if parts.teacher is not None else None,
     )
+    evaluator = _evaluator(parts, objective, place)
+    # nothing of the config is left to refuse: from here on the folder belongs to this run
+    store = CheckpointStore(folder / "checkpoints", place.control, config.checkpoint.keep)
+    checkpoint = open_run_folder(folder, store, parts, place, resume)
     source: TargetSource = NoTeacher()
     if parts.teacher is not None:
         source = OnlineTeacher(parts.teacher, parts.task.model_inputs, hidden_states=objective.needs_hidden_states)
@@ -73,7 +76,7 @@ def build_trainer(parts: Parts, place: Place, resume: str, stop: StopSignal, sho
         objective=objective,
         source=source,
         loader=_loader(parts, place, num_bad),
-        evaluator=_evaluator(parts, objective, place),
+        evaluator=evaluator,
         store=store,
         tracker=tracker,
         control=place.control,

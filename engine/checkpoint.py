@@ -39,7 +39,10 @@ def read_meta(checkpoint: Path) -> dict[str, Any]:
     """Raises CheckpointError for a folder that is no complete checkpoint, or one of a newer format."""
     if not (checkpoint / COMPLETE).is_file():
         raise CheckpointError(f"{checkpoint}: not a complete checkpoint (no {COMPLETE} file in it)")
-    meta = json.loads((checkpoint / META).read_text())
+    try:
+        meta = json.loads((checkpoint / META).read_text())
+    except (OSError, ValueError) as problem:
+        raise CheckpointError(f"{checkpoint}: its {META} cannot be read ({problem}); resume from another") from problem
     if meta["format_version"] > FORMAT_VERSION:
         raise CheckpointError(
             f"{checkpoint}: format version {meta['format_version']} is newer than this Stillhouse reads "
@@ -65,6 +68,7 @@ class CheckpointStore:
         self._control = control
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint-finisher")
         self._unfinished: Future[int] | None = None
+        self._temporary: Path | None = None
 
     def remove_incomplete(self) -> None:
         """Clear away what a killed run left half written."""
@@ -89,7 +93,7 @@ class CheckpointStore:
         final = self.folder / f"step_{step:08d}"
         if self._control.from_main((final / COMPLETE).is_file()):
             return
-        temporary = self.folder / f"{final.name}.tmp"
+        self._temporary = temporary = self.folder / f"{final.name}.tmp"
         problem = None
         try:
             if self._control.is_main:
@@ -99,8 +103,8 @@ class CheckpointStore:
             problem = f"{temporary}: cannot be made ({error})"
         self._raise_together(problem)
         files = save_engine(temporary)
-        refused = [str(file.exception()) for file in files if file.done() and file.exception()]
-        self._raise_together(refused[0] if refused else None)
+        refused = [file.exception() for file in files if file.done() and file.exception()]
+        self._raise_together(str(refused[0]) if refused else None)
         meta = {**meta, "format_version": FORMAT_VERSION, "step": step, "world_size": self._control.ranks.world_size}
         self._unfinished = self._thread.submit(self._finish, temporary, final, files, rank_state, meta)
 
@@ -110,7 +114,7 @@ class CheckpointStore:
         if self._unfinished is not None:
             try:
                 self.last_bytes = self._unfinished.result()
-            except (CheckpointError, OSError) as error:
+            except (CheckpointError, OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
                 problem = str(error)
             self._unfinished = None
         self._raise_together(problem)
@@ -118,6 +122,8 @@ class CheckpointStore:
     def _raise_together(self, problem: str | None) -> None:
         problems = sorted({text for text in self._control.gather(problem) if text})
         if problems:
+            if self._control.is_main and self._temporary is not None:  # give back the space that the failed one took
+                shutil.rmtree(self._temporary, ignore_errors=True)
             left = complete_checkpoints(self.folder)
             rest = f"the last complete checkpoint is {left[-1]}" if left else "no complete checkpoint exists yet"
             raise CheckpointError("; ".join(problems) + f"; {rest}")
@@ -136,10 +142,10 @@ class CheckpointStore:
             num_bytes = sum(file.result() for file in files)
             torch.save(rank_state, mark.with_suffix(".pt"))
             _sync(mark.with_suffix(".pt"))
+            _write_text(mark.with_suffix(".done"), str(num_bytes))
         except Exception:
-            _write_text(mark.with_suffix(".failed"), "")
+            mark.with_suffix(".failed").touch()  # takes no room: rank 0 must not wait for a rank with a full disk
             raise
-        _write_text(mark.with_suffix(".done"), str(num_bytes))
         if self._control.is_main:
             num_bytes = self._await_ranks(temporary / "state")
             for done in (temporary / "state").glob("*.done"):

@@ -54,7 +54,7 @@ def export_student(
 
     Raises CheckpointError when what was read back gives other logits.
     """
-    model = cast(model, DTYPES[dtype])
+    model = cast(model, DTYPES[dtype]).cpu()
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     (folder / "README.md").write_text(card)

@@ -43,6 +43,7 @@ def _prepare_folder(folder: Path, parts: Parts, resume: str) -> Path | None:
         has_one = any((folder / "checkpoints").glob("step_*/COMPLETE"))
         found = newest(folder / "checkpoints") if has_one else None
     else:
+        check_owner(folder, parts.run.config)
         found = Path(resume)
         read_meta(found)
     write_start(folder, parts.run.config, parts.run.deepspeed, {"origins": list(parts.student.origins)})
@@ -72,7 +73,10 @@ def load_checkpoint(checkpoint: Path, engine: StudentEngine, parts: Parts, place
             "use the DeepSpeed JSON it was started with"
         )
     engine.load(checkpoint)
-    own = torch.load(checkpoint / "state" / f"rank_{place.ranks.rank:05d}.pt", weights_only=True)
+    try:
+        own = torch.load(checkpoint / "state" / f"rank_{place.ranks.rank:05d}.pt", weights_only=True)
+    except (OSError, RuntimeError, EOFError) as problem:
+        raise CheckpointError(f"{checkpoint}: this rank's state cannot be read ({problem})") from problem
     set_rng_state(own["rng"])
     state = TrainState.from_dict(meta["state"])
     state.num_resumes += 1

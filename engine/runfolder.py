@@ -19,6 +19,7 @@ import yaml
 
 from engine.config.load import load_config
 from engine.config.run import RunConfig
+from engine.data.atomic import write_atomically
 from engine.errors import CheckpointError
 
 CONFIG, DS_CONFIG, ENVIRONMENT = "config.yaml", "ds_config.json", "environment.json"
@@ -79,9 +80,13 @@ def set_aside(folder: Path) -> Path | None:
 def write_start(folder: Path, config: RunConfig, deepspeed: dict[str, Any], facts: dict[str, Any]) -> None:
     """The resolved config, the DeepSpeed JSON as used, and what the run was made with."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / CONFIG).write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, width=100))
-    (folder / DS_CONFIG).write_text(json.dumps(deepspeed, indent=2) + "\n")
-    (folder / ENVIRONMENT).write_text(json.dumps(environment() | facts, indent=2) + "\n")
+    contents = {
+        DS_CONFIG: json.dumps(deepspeed, indent=2) + "\n",
+        ENVIRONMENT: json.dumps(environment() | facts, indent=2) + "\n",
+        CONFIG: yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, width=100),
+    }
+    for name, content in contents.items():  # a kill half-way must not leave a config that no run has
+        write_atomically(folder / name, content.encode())
 
 
 def environment() -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -36,7 +37,7 @@ class TrainState:
 
     def note_evaluation(self, loss: float, *, patience: int, factor: float, floor: float) -> None:
         """Keep the best held-out loss, and cut the plateau factor after ``patience`` evaluations without a better."""
-        if self.best_loss is None or loss < self.best_loss:
+        if loss < (math.inf if self.best_loss is None else self.best_loss):
             self.best_loss, self.plateau_evaluations = loss, 0
             return
         self.plateau_evaluations += 1

@@ -88,7 +88,7 @@ class Trainer:
                 log.info("stopping at step %d: %s was received; run the same command to resume", step, stop)
                 break
         self.store.finish_writing()
-        return self.state.step == last
+        return self.state.step >= last
 
     def _fetch(self, batches: Iterator[StepBatches]) -> StepBatches | StillhouseError:
         """An error of this rank is carried to the agreement, where no rank is left waiting."""

@@ -216,7 +216,7 @@ def test_a_micro_batch_of_padding_gives_zero_and_zero_gradients() -> None:
     objective, model = make_objective(*EVERYTHING), Model()
     batch, states = make_batch((0, 1)), model.states((0, 1))
     empty = torch.zeros(0, dtype=torch.int64)
-    nothing = {name: empty for name in ("label_rows", "token_rows")}
+    nothing = dict.fromkeys(("label_rows", "token_rows"), empty)
     batch = replace(batch, labels=torch.full_like(batch.labels, IGNORE), **nothing)
     targets = model.targets((0, 1), empty)
     loss, metrics = objective(states[-1], states, model.head, batch, targets, whole())
