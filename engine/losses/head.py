@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -16,11 +16,14 @@ from torch import Tensor, nn
 from engine.errors import ConfigError
 from engine.schema import Head
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 
 class HeadTap:
     """Stands in for the head's forward and keeps its last input."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: PreTrainedModel) -> None:
         head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
         if head is None or getattr(head, "weight", None) is None:
             raise ConfigError(
@@ -65,7 +68,9 @@ def describe_head(module: nn.Module, model_config: Any) -> Head:
     scale = float(getattr(model_config, "logit_scale", None) or 1.0)
     scale /= float(getattr(model_config, "logits_scaling", None) or 1.0)
     softcap = getattr(model_config, "final_logit_softcapping", None)
-    return Head(module.weight, getattr(module, "bias", None), scale, float(softcap) if softcap else None)
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    return Head(weight, getattr(module, "bias", None), scale, float(softcap) if softcap else None)
 
 
 def head_logits(hidden: Tensor, head: Head, num_ids: int) -> Tensor:
@@ -85,7 +90,7 @@ def head_logits(hidden: Tensor, head: Head, num_ids: int) -> Tensor:
 
 
 @torch.no_grad()
-def check_head(model: nn.Module, tap: HeadTap, inputs: dict[str, Any], num_ids: int, name: str) -> None:
+def check_head(model: PreTrainedModel, tap: HeadTap, inputs: dict[str, Any], num_ids: int, name: str) -> None:
     """Compare the fused head with the model's own logits on ``inputs``.
 
     Raises ConfigError, naming the model, when they differ: it changes its logits in a way that is not known here.
