@@ -95,7 +95,7 @@ def reference(case: Case, incoming: float = 1.0) -> tuple[Tensor, Tensor, list[T
     """Total, each term's sum, and the gradients of the leaves, in float64."""
     inputs = case.inputs
     leaves = {id(leaf): leaf.detach().double().requires_grad_() for leaf in case.leaves}
-    hidden = leaves[id(case.hidden)] if id(case.hidden) in leaves else case.hidden
+    hidden = leaves.get(id(case.hidden), case.hidden)
     head = Head(*(leaves.get(id(t), t) for t in (case.head.weight, case.head.bias)), case.head.scale, case.head.softcap)
     z = references.logits(hidden, head, inputs.num_ids)
     assert inputs.targets is not None

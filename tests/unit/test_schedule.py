@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -40,7 +41,7 @@ def test_cosine_is_half_way_at_half_time_and_flat_at_both_ends() -> None:
     assert got[0] == 1.0
     assert got[99] == pytest.approx(0.1, abs=1e-3)
     assert got[1] - got[0] == pytest.approx(0.0, abs=1e-3)
-    assert all(later < earlier for earlier, later in zip(got, got[1:]))
+    assert all(later < earlier for earlier, later in pairwise(got))
 
 
 def test_wsd_is_flat_and_then_falls_linearly() -> None:

@@ -219,7 +219,7 @@ def test_a_damaged_weights_file_is_named(folder: Path, damage: str) -> None:
     path.write_bytes(b"" if damage == "empty" else content[: len(content) // 2])
     if damage == "missing":
         path.unlink()
-    with pytest.raises(ConfigError, match="teacher.model: cannot load"):
+    with pytest.raises(ConfigError, match=r"teacher\.model: cannot load"):
         load(folder)
 
 
@@ -239,5 +239,5 @@ def test_missing_weights_are_counted(folder: Path) -> None:
 
 def test_a_broken_config_is_named(folder: Path) -> None:
     (folder / "config.json").write_text("{ not json")
-    with pytest.raises(ConfigError, match="teacher.model: no model config at"):
+    with pytest.raises(ConfigError, match=r"teacher\.model: no model config at"):
         load(folder)
