@@ -87,6 +87,8 @@ class StudentEngine:
         for name, buffer in module.named_buffers():  # DeepSpeed rounds rotary frequencies to the training precision
             buffer.data = buffers[name].to(buffer.device)
         self._engine.checkpoint_engine = self._writer = SnapshotWriter()
+        # its scripts for every checkpoint: on a full disk copying them fails on rank 0 alone, and the others wait
+        self._engine._copy_recovery_script = lambda folder: None
         self.zero_stage: int = self._engine.zero_optimization_stage()
         self._world_size = self._engine.world_size
         if self.zero_stage == 3:
