@@ -1,7 +1,7 @@
 """Closed-form values and gradients of the terms that compare two distributions over the vocabulary.
 
-Each function takes the student's and the teacher's log-probabilities log q and log p at one temperature, [C, V] fp32
-and finite, and returns its value a row, [C], and the gradient with respect to the student's scaled logits z/T, [C, V].
+Each function takes the student's distribution q and the teacher's p at one temperature, [C, V] fp32 with finite
+logarithms, and returns its value a row, [C], and the gradient with respect to the student's scaled logits z/T, [C, V].
 Closed forms need no graph, so a chunk of logits is read, turned into its gradient and dropped.
 """
 
@@ -9,11 +9,36 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 Result = tuple[Tensor, Tensor]
+
+
+class Distribution(NamedTuple):
+    """Probabilities over the vocabulary and their logarithms, [C, V] both."""
+
+    p: Tensor
+    log_p: Tensor
+
+
+def softmax(logits: Tensor) -> Distribution:
+    """[C, V] -> the distribution of each row.
+
+    On a CPU torch adds up a row's exponentials one after the other: over 152k ids with a spread of 4 its softmax is
+    off by 1.4e-5. Its own sum of the result is pairwise and exact to 1e-7, so the result is divided by that. An exp
+    there also costs more than the whole softmax, so the logarithms are taken from the logits; on a GPU each pass over
+    the memory counts instead.
+    """
+    if logits.is_cuda:
+        log_p = torch.log_softmax(logits, dim=1)
+        return Distribution(log_p.exp(), log_p)
+    p = torch.softmax(logits, dim=1)
+    p.mul_(p.sum(dim=1, keepdim=True).reciprocal_())
+    log_total = logits.amax(dim=1, keepdim=True) - p.amax(dim=1, keepdim=True).log_()
+    return Distribution(p, logits - log_total)
 
 
 def _through_softmax(q: Tensor, slope: Tensor) -> Tensor:
@@ -29,45 +54,43 @@ def _log_mixture(log_q: Tensor, log_p: Tensor, teacher_share: float) -> Tensor:
     return torch.logaddexp(log_p + math.log(teacher_share), log_q + math.log1p(-teacher_share))
 
 
-def forward_kl(log_q: Tensor, log_p: Tensor) -> Result:
+def forward_kl(student: Distribution, teacher: Distribution) -> Result:
     """KL(p || q); dz = q - p."""
-    p = log_p.exp()
-    value = torch.linalg.vecdot(p, log_p - log_q)
-    return value, log_q.exp().sub_(p)
+    value = torch.linalg.vecdot(teacher.p, teacher.log_p - student.log_p)
+    return value, student.p - teacher.p
 
 
-def reverse_kl(log_q: Tensor, log_p: Tensor) -> Result:
+def reverse_kl(student: Distribution, teacher: Distribution) -> Result:
     """KL(q || p); dz = q (log q - log p - KL)."""
-    q, gap = log_q.exp(), log_q - log_p
-    value = torch.linalg.vecdot(q, gap)
-    return value, gap.sub_(value.unsqueeze(1)).mul_(q)
+    gap = student.log_p - teacher.log_p
+    value = torch.linalg.vecdot(student.p, gap)
+    return value, gap.sub_(value.unsqueeze(1)).mul_(student.p)
 
 
-def js(log_q: Tensor, log_p: Tensor, beta: float) -> Result:
+def js(student: Distribution, teacher: Distribution, beta: float) -> Result:
     """Generalised Jensen-Shannon of GKD, arXiv 2306.13649: beta KL(p || m) + (1 - beta) KL(q || m)."""
-    q, p = log_q.exp(), log_p.exp()
-    log_m = _log_mixture(log_q, log_p, beta)
-    slope = log_q - log_m
-    value = beta * torch.linalg.vecdot(p, log_p - log_m) + (1 - beta) * torch.linalg.vecdot(q, slope)
-    return value, _through_softmax(q, slope.mul_(1 - beta))
+    log_m = _log_mixture(student.log_p, teacher.log_p, beta)
+    slope = student.log_p - log_m
+    to_teacher = torch.linalg.vecdot(teacher.p, teacher.log_p - log_m)
+    value = beta * to_teacher + (1 - beta) * torch.linalg.vecdot(student.p, slope)
+    return value, _through_softmax(student.p, slope.mul_(1 - beta))
 
 
-def skew_kl(log_q: Tensor, log_p: Tensor, alpha: float) -> Result:
+def skew_kl(student: Distribution, teacher: Distribution, alpha: float) -> Result:
     """Skewed KL of DistiLLM, arXiv 2402.03898: KL(p || alpha p + (1 - alpha) q)."""
-    p = log_p.exp()
-    log_m = _log_mixture(log_q, log_p, alpha)
-    value = torch.linalg.vecdot(p, log_p - log_m)
-    slope = (log_p - log_m).exp_().mul_(alpha - 1)  # -(1 - alpha) p / m, bounded by 1/alpha; alpha 0 gives -p/q
-    if alpha == 0.0:  # q times p/q overflows before it cancels: use forward KL's form
-        return value, log_q.exp().sub_(p)
-    return value, _through_softmax(log_q.exp(), slope)
+    if alpha == 0.0:  # q times p/q overflows before it cancels: forward KL's form does not
+        return forward_kl(student, teacher)
+    log_m = _log_mixture(student.log_p, teacher.log_p, alpha)
+    gap = teacher.log_p - log_m
+    value = torch.linalg.vecdot(teacher.p, gap)
+    slope = gap.exp_().mul_(alpha - 1)  # -(1 - alpha) p / m, bounded by 1/alpha
+    return value, _through_softmax(student.p, slope)
 
 
-def total_variation(log_q: Tensor, log_p: Tensor) -> Result:
+def total_variation(student: Distribution, teacher: Distribution) -> Result:
     """Half the L1 distance; the gradient is taken as 0 where p = q."""
-    q = log_q.exp()
-    gap = q - log_p.exp()
-    return 0.5 * gap.abs().sum(dim=1), _through_softmax(q, gap.sign_().mul_(0.5))
+    gap = student.p - teacher.p
+    return 0.5 * gap.abs().sum(dim=1), _through_softmax(student.p, gap.sign_().mul_(0.5))
 
 
 def logits_mse(student_logits: Tensor, teacher_logits: Tensor) -> Result:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine.losses.divergence import DIVERGENCES, logits_mse
+from engine.losses.divergence import DIVERGENCES, Distribution, logits_mse, softmax
 from engine.losses.head import head_logits
 from engine.schema import IGNORE, DenseTargets, Head
 
@@ -101,6 +101,7 @@ class _FusedHead(torch.autograd.Function):
             d_hidden[rows] = dz @ weight[:num_ids]
             if d_weight is not None:
                 _add_product(d_weight[:num_ids], dz.t(), h)
+            del logits, teacher, dz  # the next chunk's must not lie beside them
         total = torch.zeros((), device=device)
         for number, loss in enumerate(inputs.losses):  # Python scalars: a tensor of them would make the host wait
             total += loss.coefficient * raw[number]
@@ -165,24 +166,24 @@ def _block_gradient(
     """Gradient of the weighted terms with respect to the student's final logits, [C, V]."""
     labelled = None if inputs.all_labelled else (labels != IGNORE)
     index = (labels if labelled is None else labels.clamp_min(0)).unsqueeze(1)
-    log_q: dict[float, Tensor] = {}
-    log_p: dict[float, Tensor] = {}
+    student: dict[float, Distribution] = {}
+    teacher: dict[float, Distribution] = {}
     total: Tensor | None = None
     for number, loss in enumerate(inputs.losses):
         t = loss.temperature
-        if loss.kind != "logits_mse" and t not in log_q:
-            log_q[t] = torch.log_softmax(z if t == 1.0 else z / t, dim=1)
+        if loss.kind != "logits_mse" and t not in student:
+            student[t] = softmax(z if t == 1.0 else z / t)
         if loss.kind == "cross_entropy":
-            value, gradient = _cross_entropy(log_q[t], index)
+            value, gradient = _cross_entropy(student[t], index)
         elif loss.kind == "logits_mse":
             assert z_teacher is not None
             value, gradient = logits_mse(z, z_teacher)
         else:
             assert z_teacher is not None
-            if t not in log_p:
-                log_p[t] = torch.log_softmax(z_teacher if t == 1.0 else z_teacher / t, dim=1)
+            if t not in teacher:
+                teacher[t] = softmax(z_teacher if t == 1.0 else z_teacher / t)
             extra = () if loss.parameter is None else (loss.parameter,)
-            value, gradient = DIVERGENCES[loss.kind](log_q[t], log_p[t], *extra)
+            value, gradient = DIVERGENCES[loss.kind](student[t], teacher[t], *extra)
         if loss.labelled_only and labelled is not None:
             value, gradient = value * labelled, gradient.mul_(labelled.unsqueeze(1))
         raw[number] += value.sum() * (t * t)
@@ -190,14 +191,14 @@ def _block_gradient(
             factor = loss.coefficient * t
             total = gradient.mul_(factor) if total is None else total.add_(gradient, alpha=factor)
     if inputs.with_metrics:
-        metrics += _metrics(z, z_teacher, index, labelled, log_q.get(1.0), log_p.get(1.0))
+        metrics += _metrics(z, z_teacher, index, labelled, student.get(1.0), teacher.get(1.0))
     return z if total is None else total
 
 
-def _cross_entropy(log_q: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
-    gradient = log_q.exp()
+def _cross_entropy(student: Distribution, index: Tensor) -> tuple[Tensor, Tensor]:
+    gradient = student.p.clone()
     gradient.scatter_add_(1, index, gradient.new_full(index.shape, -1.0))
-    return -log_q.gather(1, index).squeeze(1), gradient
+    return -student.log_p.gather(1, index).squeeze(1), gradient
 
 
 def _metrics(
@@ -205,16 +206,16 @@ def _metrics(
     z_teacher: Tensor | None,
     index: Tensor,
     labelled: Tensor | None,
-    log_q: Tensor | None,
-    log_p: Tensor | None,
+    student: Distribution | None,
+    teacher: Distribution | None,
 ) -> Tensor:
-    log_q = torch.log_softmax(z, dim=1) if log_q is None else log_q
+    log_q = torch.log_softmax(z, dim=1) if student is None else student.log_p
     nothing = torch.zeros(z.shape[0], device=z.device)
     rows = [-log_q.gather(1, index).squeeze(1), nothing, nothing, nothing]
     if z_teacher is not None:
-        log_p = torch.log_softmax(z_teacher, dim=1) if log_p is None else log_p
+        p, log_p = softmax(z_teacher) if teacher is None else teacher
         rows[1] = -log_p.gather(1, index).squeeze(1)
-        rows[2] = torch.linalg.vecdot(log_p.exp(), log_p - log_q)
+        rows[2] = torch.linalg.vecdot(p, log_p - log_q)
         rows[3] = (z.argmax(dim=1) == z_teacher.argmax(dim=1)).float()
     table = torch.stack(rows)
     return (table if labelled is None else table * labelled).sum(dim=1)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine.losses.divergence import DIVERGENCES, logits_mse
+from engine.losses.divergence import DIVERGENCES, Distribution, logits_mse
 from tests import references
 
 KINDS: list[tuple[str, float | None]] = [
@@ -33,7 +33,7 @@ def log_probabilities(seed: int, spread: float) -> tuple[Tensor, Tensor]:
 
 def ours(kind: str, parameter: float | None, log_q: Tensor, log_p: Tensor) -> tuple[Tensor, Tensor]:
     extra = () if parameter is None else (parameter,)
-    return DIVERGENCES[kind](log_q.clone(), log_p.clone(), *extra)
+    return DIVERGENCES[kind](Distribution(log_q.exp(), log_q), Distribution(log_p.exp(), log_p), *extra)
 
 
 @pytest.mark.parametrize("spread", [0.1, 2.0, 8.0])
