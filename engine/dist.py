@@ -5,6 +5,7 @@ Agreement travels over a gloo group on the CPU, so that asking every step never 
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
 import socket
@@ -37,6 +38,21 @@ def read_ranks() -> Ranks:
     environment = os.environ
     rank = int(environment["RANK"])
     return Ranks(rank, int(environment["WORLD_SIZE"]), int(environment.get("LOCAL_RANK", rank)))
+
+
+def leave_group(ranks: Ranks) -> None:
+    """The end of what ranks do together. A lone rank stays to the end of its process, which may train again: DeepSpeed
+    cannot make its groups a second time."""
+    if ranks.world_size > 1:
+        dist.destroy_process_group()
+    else:
+        atexit.unregister(_destroy_group)
+        atexit.register(_destroy_group)
+
+
+def _destroy_group() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 class Control:
@@ -80,17 +96,21 @@ class Control:
 
 
 class StopSignal:
-    """SIGTERM and SIGUSR1 ask for a checkpoint and an orderly end at the next step boundary."""
+    """While entered, SIGTERM and SIGUSR1 ask for a checkpoint and an orderly end at the next step boundary."""
 
     SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
     def __init__(self) -> None:
         self.received: str | None = None
+        self._before: dict[int, Any] = {}
 
-    def install(self) -> StopSignal:
-        for number in self.SIGNALS:
-            signal.signal(number, self._note)
+    def __enter__(self) -> StopSignal:
+        self._before = {number: signal.signal(number, self._note) for number in self.SIGNALS}
         return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.received = signal.Signals(number).name

@@ -7,12 +7,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from engine.build import build_trainer
 from engine.config.load import load_config, parse_config
 from engine.config.run import RunConfig
-from engine.dist import Control, StopSignal, read_ranks
+from engine.dist import Control, StopSignal, leave_group, read_ranks
 from engine.finish import finish_run
 from engine.log import Progress, setup
 from engine.parts import Parts, Place, build_parts
@@ -47,15 +45,15 @@ class Distiller:
         device = init_distributed(COLLECTIVE_TIMEOUT_SECONDS)
         place = Place(ranks, Control(ranks), device)
         setup(ranks.rank)
-        parts = build_parts(self.config, place)
-        finished = self._train(parts, place)
-        torch.distributed.destroy_process_group()
-        if ranks.rank == 0:  # nobody waits for what one rank can do alone
-            finish_run(parts, self.folder, device, finished)
+        with StopSignal() as stop:
+            parts = build_parts(self.config, place)
+            finished = self._train(parts, place, stop)
+            leave_group(ranks)
+            if ranks.rank == 0:  # nobody waits for what one rank can do alone
+                finish_run(parts, self.folder, device, finished)
         return finished
 
-    def _train(self, parts: Parts, place: Place) -> bool:
-        stop = StopSignal().install()
+    def _train(self, parts: Parts, place: Place, stop: StopSignal) -> bool:
         is_main = place.ranks.rank == 0
         with Progress(parts.run.num_steps, self.config.run.name, enabled=is_main) as progress:
             trainer = build_trainer(parts, place, self.resume, stop, progress.update)

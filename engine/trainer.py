@@ -59,13 +59,14 @@ class Trainer:
         self.meter = Meter(len(self.objective.metric_names), self.device)
         self.timer = PhaseTimer(self.device)
         self.local_bad = 0
+        self.skipped_before = self.engine.num_skipped_steps
         self.session_start = time.perf_counter() - self.state.elapsed_seconds
 
     def train(self) -> bool:
         """Train to the last step. Returns False when a signal asked to stop before; a checkpoint is written either way.
 
-        Raises TrainingError for a loss that is not finite, DataError for damaged data, CheckpointError for a failed
-        save: on all ranks, with the same text.
+        Raises TrainingError for a loss or gradient that is not finite, DataError for damaged data, CheckpointError
+        for a failed save: on all ranks, with the same text.
         """
         config, last = self.run.config, self.run.num_steps
         batches = self.loader.steps(self.state.step)
@@ -119,7 +120,7 @@ class Trainer:
                 f"{bad} damaged samples were met, more than data.max_bad_samples allows; the log names each"
             )
         if num_not_finite:
-            self._not_finite(not_finite)
+            self._not_finite("loss", not_finite)
         self.state.num_bad_samples = bad
         self.local_bad = 0 if isinstance(fetched, StillhouseError) else fetched.num_bad_samples
         self.state.num_tokens += tokens
@@ -137,10 +138,10 @@ class Trainer:
         told = [f"rank {rank}: {text}" for rank, text in enumerate(texts) if text]
         raise problem if problem is not None else TrainingError("stopped with the others; " + "; ".join(told))
 
-    def _not_finite(self, names: list[str]) -> None:
+    def _not_finite(self, what: str, names: list[str]) -> None:
         every = sorted({name for part in self.control.gather(names) for name in part})
         text = (
-            f"the loss was NaN or Inf in or before step {self.state.step} for a micro-batch of these sequences: "
+            f"the {what} was NaN or Inf in or before step {self.state.step} for a micro-batch of these sequences: "
             f"{', '.join(every[:16])}{' ...' if len(every) > 16 else ''}"
         )
         if self.run.precision == "fp16":
@@ -161,6 +162,9 @@ class Trainer:
             self.meter.add(metrics, loss, batch.names)
             with self.timer.phase("optimizer"):
                 self.engine.step(learning_rate)
+        if self.run.precision != "fp16" and self.engine.num_skipped_steps > self.skipped_before:
+            # DeepSpeed leaves such a step out on all ranks; only a loss scaler has a reason to go on
+            self._not_finite("gradient", [name for batch in fetched.micro_batches for name in batch.names])
         self.records.add(context)
 
     def _learning_rate(self) -> float:
@@ -199,7 +203,7 @@ class Trainer:
     def _save(self) -> None:
         bad = self.meter.not_finite()
         if sum(self.control.sum([len(bad)])):
-            self._not_finite(bad)
+            self._not_finite("loss", bad)
         begin = time.perf_counter()
         self.state.elapsed_seconds = begin - self.session_start
         meta = self.checkpoint_meta | {"state": self.state.to_dict()}
