@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+# another ninja than the one that compiled an op cannot read its log, and compiles anew
+os.environ["PATH"] = os.pathsep.join([os.path.dirname(sys.executable), os.environ.get("PATH", os.defpath)])
 if os.access(sys.prefix, os.W_OK):  # compiled ops belong to their environment: two that share a cache rebuild in turns
     os.environ.setdefault("TORCH_EXTENSIONS_DIR", os.path.join(sys.prefix, "torch_extensions"))
 
