@@ -114,12 +114,11 @@ class Demo:
             )
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", choices=("masked_lm", "causal_lm"), default="masked_lm", help="default: masked_lm")
     parser.add_argument("--output", type=Path, help="default: runs/demo-TASK")
-    arguments = parser.parse_args()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # both ways to stop leave a checkpoint
+    arguments = parser.parse_args(argv)
     demo = Demo(arguments.task, (arguments.output or ROOT / "runs" / f"demo-{arguments.task}").resolve())
     demo.write_recipes()
     started = time.monotonic()
@@ -152,4 +151,5 @@ def _free_port() -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # both ways to stop leave a checkpoint
     run_main(main)
