@@ -43,7 +43,7 @@ def run_shown(
         try:
             _forward(stream, kept)
             return process.wait()
-        except KeyboardInterrupt:
+        except BaseException:
             try:
                 _signal_group(process.pid, signal.SIGTERM)
                 _forward(stream, kept)
