@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import sys
@@ -17,8 +18,9 @@ from torch import Tensor, nn
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 # another ninja than the one that compiled an op cannot read its log, and compiles anew
 os.environ["PATH"] = os.pathsep.join([os.path.dirname(sys.executable), os.environ.get("PATH", os.defpath)])
-if os.access(sys.prefix, os.W_OK):  # compiled ops belong to their environment: two that share a cache rebuild in turns
-    os.environ.setdefault("TORCH_EXTENSIONS_DIR", os.path.join(sys.prefix, "torch_extensions"))
+# compiled ops belong to their environment: two that share a cache rebuild them in turns
+_OPS_HOME = sys.prefix if os.access(sys.prefix, os.W_OK) else os.path.expanduser("~/.cache/stillhouse")
+os.environ.setdefault("TORCH_EXTENSIONS_DIR", os.path.join(_OPS_HOME, "torch_extensions"))
 
 import deepspeed
 from deepspeed.accelerator import get_accelerator
@@ -36,12 +38,14 @@ TAG = "zero"
 def init_distributed(timeout_seconds: float) -> torch.device:
     """Join the process group (NCCL on GPUs, gloo on CPUs) and give this rank's device."""
     on_gpu = torch.cuda.is_available()
-    deepspeed.init_distributed(
-        dist_backend="nccl" if on_gpu else "gloo",
-        auto_mpi_discovery=False,
-        verbose=False,
-        timeout=timedelta(seconds=timeout_seconds),
-    )
+    build_ops()
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):  # every rank would say that the op is built
+        deepspeed.init_distributed(
+            dist_backend="nccl" if on_gpu else "gloo",
+            auto_mpi_discovery=False,
+            verbose=False,
+            timeout=timedelta(seconds=timeout_seconds),
+        )
     if not on_gpu:
         return torch.device("cpu")
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
@@ -50,9 +54,20 @@ def init_distributed(timeout_seconds: float) -> torch.device:
 
 
 def build_ops() -> None:
-    """Compile what several ranks of one CPU host share memory with, once, before ranks race to do it."""
-    if get_accelerator().device_name() == "cpu":
-        get_accelerator().create_op_builder("ShareMemCommBuilder").load(verbose=False)
+    """Compile what the ranks of one CPU host share memory with: a minute the first time, nothing later.
+
+    torch guards a build with a file that a killed rank leaves behind, for others to wait on for ever. Our lock ends
+    with its holder, so whoever has it may remove that file.
+    """
+    if get_accelerator().device_name() != "cpu":
+        return
+    builder = get_accelerator().create_op_builder("ShareMemCommBuilder")
+    folder = Path(os.environ["TORCH_EXTENSIONS_DIR"])
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "stillhouse.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        (folder / builder.name / "lock").unlink(missing_ok=True)
+        builder.load(verbose=False)
 
 
 class StudentEngine:
