@@ -19,8 +19,12 @@ os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else
 # another ninja than the one that compiled an op cannot read its log, and compiles anew
 os.environ["PATH"] = os.pathsep.join([os.path.dirname(sys.executable), os.environ.get("PATH", os.defpath)])
 # compiled ops belong to their environment: two that share a cache rebuild them in turns
-_OPS_HOME = sys.prefix if os.access(sys.prefix, os.W_OK) else os.path.expanduser("~/.cache/stillhouse")
-os.environ.setdefault("TORCH_EXTENSIONS_DIR", os.path.join(_OPS_HOME, "torch_extensions"))
+os.environ.setdefault(
+    "TORCH_EXTENSIONS_DIR",
+    os.path.join(
+        sys.prefix if os.access(sys.prefix, os.W_OK) else os.path.expanduser("~/.cache/stillhouse"), "torch_extensions"
+    ),
+)
 
 import deepspeed
 from deepspeed.accelerator import get_accelerator
