@@ -3,8 +3,8 @@
 Two ranks under the deepspeed launcher train a small Llama on the standard library's help texts, with dropout, a
 checkpoint every few steps. The weights and the loss of every step must equal those of a run nobody touched, bit
 for bit. After a rank's death the launcher ends the others by itself. After the launcher's own death nothing does: its
-ranks train on as orphans, so end them before you resume (all processes of the job: ``pkill -9 -s SESSION``, or
-``scontrol cancel`` under Slurm, which does it for you). The benchmark does that, and counts them.
+ranks train on as orphans, so end them before you resume (all processes of the job: ``pkill -9 -s SESSION``; Slurm's
+``scancel`` does it for you). The benchmark does that, and counts them.
 
     python benchmarks/kill_resume.py --output benchmarks/results/kill_resume.json
 """
@@ -30,7 +30,7 @@ from typing import Any
 import torch
 import transformers
 import yaml
-from measuring import ROOT, print_table, write_json
+from measuring import ROOT, leave_nothing_behind, print_table, write_json
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 from engine.checkpoint import newest
@@ -52,11 +52,12 @@ LLAMA = {
 def main() -> None:
     arguments = parse_arguments()
     chance = random.Random(arguments.seed)
+    leave_nothing_behind()
     with tempfile.TemporaryDirectory(dir=arguments.folder) as name:
         folder = Path(name)
         make_parts(folder)
-        calm = Job(folder, "calm", arguments)
-        calm.run_to_end()
+        with Job(folder, "calm", arguments) as calm:
+            calm.run_to_end()
         expected, trials = outcome(folder, "calm"), []
         for number in range(arguments.moments):
             trials.append(trial(folder, f"killed{number:02d}", chance, expected, arguments))
@@ -87,7 +88,9 @@ def make_parts(folder: Path) -> None:
     text.write_text("\n\n".join(topics.values()))
     words = Tokenizer(models.BPE(unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
-    words.train([str(text)], trainers.BpeTrainer(vocab_size=512, special_tokens=["<unk>", "<eos>"], show_progress=False))
+    words.train(
+        [str(text)], trainers.BpeTrainer(vocab_size=512, special_tokens=["<unk>", "<eos>"], show_progress=False)
+    )
     tokenizer = transformers.PreTrainedTokenizerFast(
         tokenizer_object=words, unk_token="<unk>", eos_token="<eos>", bos_token="<eos>", pad_token="<eos>"
     )
@@ -127,17 +130,25 @@ class Job:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
+        words = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "2", "--master_port", str(port)]
+        words += [str(ROOT / "launch" / "distill.py"), "--config", str(config)]
         self._log = folder / f"{name}.log"
         with self._log.open("ab") as log:
             self.launcher = subprocess.Popen(
-                [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "2", "--master_port", str(port)]
-                + [str(ROOT / "launch" / "distill.py"), "--config", str(config)],
+                words,
                 env={**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"},
                 cwd=ROOT,
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
             )
+
+    def __enter__(self) -> Job:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.end()
+        self.launcher.wait()
 
     def processes(self) -> dict[int, int | None]:
         """Rank of each living process of the job by its id; None for the launcher's own two."""
@@ -153,14 +164,13 @@ class Job:
                 found[int(entry.name)] = ranks[0] if ranks else None
         return found
 
-    def wait_until(self, done: Callable[[], bool], what: str) -> float:
+    def wait_until(self, done: Callable[[], bool], what: str, poll_seconds: float = 0.1) -> float:
         """Seconds it took."""
         begin = time.perf_counter()
         while not done():
             if time.perf_counter() - begin > self._patience:
-                self.end()
                 raise SystemExit(f"waited {self._patience} s for {what}:\n{self._log.read_text()[-3000:]}")
-            time.sleep(0.005)
+            time.sleep(poll_seconds)
         return time.perf_counter() - begin
 
     def kill(self, victim: str) -> None:
@@ -174,7 +184,8 @@ class Job:
         left = self.processes()
         for process in left:
             os.kill(process, signal.SIGKILL)
-        self.wait_until(lambda: not self.processes(), "the end of the killed job")
+        while self.processes():
+            time.sleep(0.02)
         return len(left)
 
     def last_step(self) -> int:
@@ -182,6 +193,9 @@ class Job:
         path = self.run_folder / "metrics.jsonl"
         lines = path.read_text().split("\n")[:-1] if path.exists() else []
         return json.loads(lines[-1])["step"] if lines else -1
+
+    def reached(self, step: int) -> bool:
+        return self.last_step() >= step or (step == 0 and self.run_folder.exists())
 
     def run_to_end(self) -> None:
         self.wait_until(lambda: not self.processes(), "the end of the run")
@@ -193,18 +207,18 @@ def trial(
     folder: Path, name: str, chance: random.Random, expected: Any, arguments: argparse.Namespace
 ) -> dict[str, Any]:
     victim, step, delay = chance.choice(VICTIMS), chance.randrange(arguments.steps), chance.uniform(0.0, 0.1)
-    job = Job(folder, name, arguments)
-    job.wait_until(lambda: job.last_step() >= step or bool(step == 0 and job.run_folder.exists()), f"step {step}")
-    time.sleep(delay)
-    job.kill(victim)
-    reached = job.last_step()
-    seconds = None
-    if victim != "launcher":
-        seconds = round(job.wait_until(lambda: not job.processes(), "the launcher to end the job"), 2)
-    orphans = job.end()
+    with Job(folder, name, arguments) as job:
+        job.wait_until(lambda: job.reached(step), f"step {step}", poll_seconds=0.02)
+        time.sleep(delay)
+        job.kill(victim)
+        reached = job.last_step()
+        seconds = None
+        if victim != "launcher":
+            seconds = round(job.wait_until(lambda: not job.processes(), "the launcher to end the job"), 2)
+        orphans = job.end()
     resumed_from = newest_step(job.run_folder)
-    again = Job(folder, name, arguments)
-    again.run_to_end()
+    with Job(folder, name, arguments) as again:
+        again.run_to_end()
     return {
         "victim": victim,
         "killed_after_step": max(reached, 0),

@@ -25,6 +25,7 @@ from measuring import (
     first_to_die,
     give_result,
     in_child,
+    leave_nothing_behind,
     print_table,
     write_json,
 )
@@ -59,6 +60,7 @@ def main() -> None:
         first_to_die()
         give_result({"memory": memory_case, "time": time_case, "error": error_case}[case["measure"]](case))
         return
+    leave_nothing_behind()
     sizes = [(vocab, rows) for vocab in arguments.vocab for rows in arguments.rows]
     common = {"width": arguments.width, "threads": arguments.threads}
     memory: dict[str, dict[str, Any]] = {}
@@ -67,7 +69,8 @@ def main() -> None:
         case = common | {"vocab": vocab, "rows": rows}
         require_memory(vocab, rows)
         memory[size_name(vocab, rows)] = {
-            way: in_child(__file__, case | {"measure": "memory", "way": way})["peak_bytes"] for way in ("plain", "fused")
+            way: in_child(__file__, case | {"measure": "memory", "way": way})["peak_bytes"]
+            for way in ("plain", "fused")
         }
         if not arguments.no_time:
             times[size_name(vocab, rows)] = in_child(
@@ -101,10 +104,11 @@ def size_name(vocab: int, rows: int) -> str:
 
 def require_memory(vocab: int, rows: int) -> None:
     needed = PLAIN_COPIES * 4 * vocab * rows
-    if not torch.cuda.is_available() and available_bytes() < needed:
+    free = available_bytes()
+    if not torch.cuda.is_available() and free < needed:
         raise SystemExit(
-            f"{size_name(vocab, rows)}: the plain way may take {needed / 2**30:.1f} GiB, {available_bytes() / 2**30:.1f} "
-            "are free; wait for more or give smaller --vocab or --rows"
+            f"{size_name(vocab, rows)}: the plain way may take {needed / 2**30:.1f} GiB, {free / 2**30:.1f} are free; "
+            "wait for more or give smaller --vocab or --rows"
         )
 
 
@@ -239,16 +243,17 @@ def show(
         ratios = [fused / plain for fused, plain in zip(seconds["fused"], seconds["plain"])]
         vocab, count = (int(part.partition("=")[2]) for part in size.split())
         gigaflops = 8 * vocab * count * arguments.width / 1e9
-        table.append(
-            [size, *(f"{least[way]:.2f}" for way in ("plain", "fused", "products"))]
-            + [f"{least['fused'] / least['plain']:.3f}", f"{statistics.median(ratios):.3f}"]
-            + [f"{gigaflops / least['fused']:.0f}", f"{least['products'] / least['fused']:.2f}"]
-        )
+        ratio, to_products = least["fused"] / least["plain"], least["products"] / least["fused"]
+        row = [f"{least[way]:.2f}" for way in ("plain", "fused", "products")]
+        row += [f"{ratio:.3f}", f"{statistics.median(ratios):.3f}"]
+        table.append([size, *row, f"{gigaflops / least['fused']:.0f}", f"{to_products:.2f}"])
     if table:
         header = ["least seconds", "plain", "fused", "products", "ratio", "median ratio", "GFLOP/s", "of products"]
         print_table(header, table)
         print(f"needed: a ratio of at most {NEEDED_TIME}\n")
-    print_table(["gradient against float64, fused fp32", "relative error"], [[k, f"{v:.1e}"] for k, v in errors.items()])
+    print_table(
+        ["gradient against float64, fused fp32", "relative error"], [[k, f"{v:.1e}"] for k, v in errors.items()]
+    )
     print(f"needed: at most {NEEDED_ERROR}")
 
 

@@ -6,10 +6,12 @@ import json
 import os
 import platform
 import resource
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -67,10 +69,8 @@ class PeakMemory:
             torch.cuda.reset_peak_memory_stats()
             self._base = torch.cuda.memory_allocated()
             return
-        try:
+        with suppress(OSError):
             Path("/proc/self/clear_refs").write_text("5")
-        except OSError:
-            pass
         self._base = _status_bytes("VmRSS")
 
     def take(self) -> int:
@@ -99,6 +99,11 @@ def available_bytes() -> int:
     raise AssertionError("the kernel tells no MemAvailable")
 
 
+def leave_nothing_behind() -> None:
+    """SIGTERM ends this process as Ctrl-C does: through its ``finally`` and ``with``, which end what it started."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))
+
+
 def in_child(script: str, case: Mapping[str, Any], environment: Mapping[str, str] | None = None) -> dict[str, Any]:
     """Run ``script --case JSON`` in a fresh process and give what it passed to ``give_result``."""
     child = subprocess.run(
@@ -121,10 +126,8 @@ def give_result(figures: Mapping[str, Any]) -> None:
 
 def first_to_die() -> None:
     """Ask the kernel to end this process, and no other, should the machine's memory run out."""
-    try:
+    with suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text("1000")
-    except OSError:
-        pass
 
 
 def by_turns(ways: Mapping[str, Callable[[], Any]], repeats: int, at_most_seconds: float) -> dict[str, list[float]]:
