@@ -35,14 +35,14 @@ $(BIN)/python:
 
 $(DEMO_READY): $(BIN)/python setup.py constraints.txt
 	@echo 'installing: some minutes, once'
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .
+	$(BIN)/python -m pip install -qq --constraint constraints.txt --editable .
 	@echo "compiling DeepSpeed's shared-memory exchange for CPU ranks: about a minute, once"
 	@$(BIN)/python -c 'from engine.zero import build_ops; build_ops()' >$(VENV)/build_ops.log 2>&1 \
 		|| { tail -n 20 $(VENV)/build_ops.log; exit 1; }
 	@touch $@
 
 $(TEST_READY): $(DEMO_READY)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
+	$(BIN)/python -m pip install -qq --constraint constraints.txt --editable '.[test]'
 	@touch $@
 
 clean:

@@ -70,7 +70,7 @@ def recipe(stage: str, task: str, folder: Path, zero: Path) -> dict[str, Any]:
         "optimizer": {"learning_rate": 2.0e-3, "weight_decay": 0.1},
         "schedule": {"kind": "cosine", "warmup_steps": min(30, _NUM_STEPS[task][stage] // 10)},
         "evaluation": {"manifest": str(folder / "shards" / "heldout" / "manifest.json"), "every_steps": 200},
-        "checkpoint": {"every_steps": 100},
+        "checkpoint": {"every_steps": 200},
         "zero": str(zero),
     }
     if task == "masked_lm":

@@ -31,6 +31,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # six processes that each load torch, transformers and deepspeed
 def test_from_text_to_a_table_and_again_without_doing_anything_twice(
     folder: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -50,6 +51,7 @@ def test_from_text_to_a_table_and_again_without_doing_anything_twice(
     assert "[INFO]" in (folder / "logs" / "student.log").read_text()
     fill = pipeline("fill-mask", model=str(folder / "student" / "export"))
     assert len(fill("Document 3 says that 9 is the [MASK] of 3")) == 5
+    capfd.readouterr()
 
     assert demo.main(words) == 0
     again = capfd.readouterr()
