@@ -14,7 +14,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +60,7 @@ def newest(folder: Path) -> Path:
 
 
 class CheckpointStore:
-    """The checkpoints of one run. All methods but ``finish_writing`` are collective."""
+    """The checkpoints of one run. All methods but ``settle`` are collective."""
 
     def __init__(self, folder: Path, control: Control, keep: int) -> None:
         self.folder, self.keep = folder, keep
@@ -118,6 +118,11 @@ class CheckpointStore:
                 problem = str(error)
             self._unfinished = None
         self._raise_together(problem)
+
+    def settle(self) -> None:
+        """Let a save in hand come to its end when all ranks leave for another reason. Not collective, never raises."""
+        if self._unfinished is not None:
+            wait([self._unfinished])
 
     def _raise_together(self, problem: str | None) -> None:
         problems = sorted({text for text in self._control.gather(problem) if text})

@@ -11,6 +11,7 @@ from engine.build import build_trainer
 from engine.config.load import load_config, parse_config
 from engine.config.run import RunConfig
 from engine.dist import Control, StopSignal, leave_group, read_ranks
+from engine.errors import StillhouseError
 from engine.finish import finish_run
 from engine.log import Progress, setup
 from engine.parts import Parts, Place, build_parts
@@ -64,6 +65,9 @@ class Distiller:
             try:
                 finished = trainer.train()
                 status = "completed" if finished else "stopped"
+            except StillhouseError:  # agreed by all ranks
+                trainer.store.settle()
+                raise
             finally:
                 trainer.tracker.close(status)
         return finished

@@ -21,7 +21,7 @@ from engine.data.order import Location
 from engine.errors import DataError
 from engine.schema import Batch, Sample, StepBatches
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("stillhouse")
 
 _NOTHING = np.empty(0, dtype=np.uint16)
 

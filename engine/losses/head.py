@@ -93,7 +93,8 @@ def head_logits(hidden: Tensor, head: Head, num_ids: int) -> Tensor:
 def check_head(model: PreTrainedModel, tap: HeadTap, inputs: dict[str, Any], num_ids: int, name: str) -> None:
     """Compare the fused head with the model's own logits on ``inputs``.
 
-    Raises ConfigError, naming the model, when they differ: it changes its logits in a way that is not known here.
+    Raises ConfigError, naming the model, when they differ (it changes its logits in a way that is not known here) or
+    are not finite.
     """
     was_training = model.training
     model.eval()
@@ -104,6 +105,10 @@ def check_head(model: PreTrainedModel, tap: HeadTap, inputs: dict[str, Any], num
     ours = head_logits(tap.take().flatten(0, 1), head, num_ids)
     model.train(was_training)
     tolerance = {torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 3e-2}.get(head.weight.dtype, 1e-4)
+    if not own.isfinite().all():
+        raise ConfigError(
+            f"{name} ({type(model).__name__}): its logits are NaN or Inf, so its weights are damaged or overflow"
+        )
     difference = (ours - own).abs().max().item()
     limit = tolerance * max(1.0, own.abs().max().item())
     if not difference <= limit:

@@ -86,11 +86,18 @@ class Doctored(nn.Module):
         return output
 
 
-@pytest.mark.parametrize("factor", [0.5, 1.01, float("nan")])
+@pytest.mark.parametrize("factor", [0.5, 1.01])
 def test_an_unknown_change_of_the_logits_is_refused_with_its_setting(factor: float) -> None:
     model = Doctored(architectures.model("llama"), factor)
     with pytest.raises(ConfigError, match=r"student \(Doctored\): its own logits differ by .*output_multiplier"):
         check_head(model, HeadTap(model), INPUTS, 96, "student")
+
+
+def test_weights_that_are_not_finite_are_told_as_such() -> None:
+    model = architectures.model("llama")
+    model.model.layers[0].mlp.up_proj.weight.data[0, 0] = float("nan")
+    with pytest.raises(ConfigError, match=r"teacher \(LlamaForCausalLM\): its logits are NaN or Inf"):
+        check_head(model, HeadTap(model), INPUTS, 96, "teacher")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -160,7 +161,10 @@ def located(sequence: int) -> tuple[int, int]:
     return where.shard, where.index
 
 
-def test_damaged_record_is_replaced_counted_and_logged(caplog: pytest.LogCaptureFixture) -> None:
+def test_damaged_record_is_replaced_counted_and_logged(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("stillhouse"), "propagate", True)  # off once a run was set up in this process
     first, second = located(16 * 3 + 5), located(16 * 6 + 1)
     whole = list(make_loader().steps())
     steps = list(make_loader(MemoryShards({first, second}), num_steps=8, max_bad_samples=2, reader_threads=3).steps())

@@ -1,0 +1,408 @@
+"""What a user can get wrong: each is told in one clear message, with exit code 2 and nothing lost."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
+
+from engine import Distiller
+from engine.checkpoint import complete_checkpoints
+from engine.config.load import parse_config
+from engine.data.manifest import Manifest
+from engine.dist import Control, Ranks
+from engine.errors import CheckpointError, ConfigError, DataError, StillhouseError, TrainingError
+from engine.parts import Parts, Place, build_parts
+from engine.schema import Batch, DenseTargets
+from engine.teacher.online import OnlineTeacher
+from tests import tiny
+from tests.launching import distill, write_config
+
+Settings = dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def origin(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that works; its shards and models are copied, never changed."""
+    root = tmp_path_factory.mktemp("origin")
+    tiny.run_config(root)
+    return root
+
+
+@pytest.fixture
+def root(origin: Path, tmp_path: Path) -> Path:
+    """The same run in a folder of its own, to be spoilt."""
+    for name in ("teacher", "train", "heldout"):
+        (tmp_path / name).mkdir()
+        for path in (origin / name).iterdir():
+            (tmp_path / name / path.name).write_bytes(path.read_bytes())
+    return tmp_path
+
+
+def parts_of(config: Settings, world_size: int = 1) -> Parts:
+    place = Place(Ranks(0, world_size, 0), Control(Ranks(0, 1, 0)), torch.device("cpu"))
+    return build_parts(parse_config(config), place)
+
+
+def refused(config: Settings, error: type[StillhouseError], *words: str, world_size: int = 1) -> None:
+    with pytest.raises(error) as caught:
+        parts_of(config, world_size)
+    for word in words:
+        assert word in str(caught.value), str(caught.value)
+
+
+def edit_manifest(root: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    path = root / "train" / "manifest.json"
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+def flip_a_bit(shard: Path, sample: int = 20) -> None:
+    """In a token of a sample: no header tells of it, the checksum of the record does."""
+    offset, num_bytes, _ = np.load(shard.with_suffix(".index.npy"))[sample]
+    content = bytearray(shard.read_bytes())
+    content[offset + num_bytes - 512 + 128 + 3] ^= 0x10
+    shard.write_bytes(content)
+
+
+def fail(config: Settings, error: type[StillhouseError], *words: str, resume: str = "auto") -> str:
+    with pytest.raises(error) as caught:
+        Distiller(config, resume=resume).fit()
+    for word in words:
+        assert word in str(caught.value), str(caught.value)
+    return str(caught.value)
+
+
+def checkpoints(root: Path, name: str = "run") -> list[str]:
+    return [path.name for path in complete_checkpoints(root / "runs" / name / "checkpoints")]
+
+
+# the two configuration files
+
+
+def test_a_misspelt_key_ends_the_command_with_code_2_the_line_and_the_nearest_name(root: Path) -> None:
+    config = tiny.run_config(root)
+    config["optimizer"]["learning_rat"] = config["optimizer"].pop("learning_rate")
+    job = distill(config, root / "job")
+    assert job.wait() == [2]
+    line = next(n for n, text in enumerate((root / "job" / "run.yaml").read_text().splitlines(), 1) if "_rat:" in text)
+    for words in (f"{root / 'job' / 'run.yaml'}:{line}", "optimizer.learning_rat", "learning_rate"):
+        assert words in job.output()
+    assert "Traceback" not in job.output()
+    assert not (root / "runs").exists()
+
+
+def test_a_number_in_two_places_that_disagree(root: Path) -> None:
+    ds = {"zero_optimization": {"stage": 2}, "gradient_clipping": 0.5}
+    refused(
+        tiny.run_config(root, zero=ds), ConfigError, "gradient_clipping is 0.5", "optimizer.max_grad_norm gives 1.0"
+    )
+    (root / "ds.json").write_text(json.dumps({"train_micro_batch_size_per_gpu": 4, "zero_optimization": {"stage": 2}}))
+    words = (f"{root / 'ds.json'}: train_micro_batch_size_per_gpu is 4", "batch.micro_sequences gives 2")
+    refused(tiny.run_config(root) | {"zero": str(root / "ds.json")}, ConfigError, *words)
+
+
+def test_a_micro_batch_that_does_not_divide(root: Path) -> None:
+    config = tiny.run_config(root, batch={"micro_sequences": 3})
+    refused(config, ConfigError, "batch.micro_sequences = 3 does not divide", "use micro_sequences 2 or 4")
+
+
+def test_fp16_on_a_cpu(root: Path) -> None:
+    refused(tiny.run_config(root, run={"precision": "fp16"}), ConfigError, "precision fp16 is not supported on cpu")
+    ds = {"zero_optimization": {"stage": 2}, "fp16": {"enabled": True}}
+    refused(tiny.run_config(root, run={"precision": "auto"}, zero=ds), ConfigError, "fp16.enabled", "not supported")
+
+
+def test_a_stage_3_option_at_stage_1(root: Path) -> None:
+    ds = {"zero_optimization": {"stage": 1, "stage3_max_live_parameters": 1000}}
+    words = ("stage3_max_live_parameters works only at stage 3, and the stage is 1",)
+    refused(tiny.run_config(root) | {"zero": ds}, ConfigError, *words)
+
+
+# models
+
+
+def other_tokenizer() -> PreTrainedTokenizerFast:
+    """Two words have changed places."""
+    vocabulary = tiny.tokenizer().get_vocab()
+    vocabulary["w3"], vocabulary["w4"] = vocabulary["w4"], vocabulary["w3"]
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]")))
+
+
+def test_teacher_and_student_with_different_tokenizers(root: Path) -> None:
+    student = tiny.model_folder(root / "student", "causal_lm")
+    other_tokenizer().save_pretrained(student)
+    config = tiny.run_config(root) | {"student": {"model": str(student)}}
+    words = ("the tokenizers of teacher and student differ", "id 8 is 'w3' / 'w4'", "must use the same tokenizer")
+    refused(config, ConfigError, *words)
+
+
+def test_a_padded_teacher_is_accepted_and_its_padding_has_no_part_in_the_loss(root: Path) -> None:
+    """96 ids, a head of 128 rows: whatever the 32 rows hold, the same student comes out, and its own get no gradient.
+
+    The student starts from the teacher, so its head is padded as well.
+    """
+    outcomes = []
+    for filling in (0.0, 50.0):
+        teacher = tiny.model("causal_lm", vocab_size=128, tie_word_embeddings=False)
+        with torch.no_grad():
+            teacher.lm_head.weight[96:] = filling
+        teacher.save_pretrained(root / "teacher")
+        name = f"padded{filling:.0f}"
+        losses = [{"kind": kind} for kind in ("forward_kl", "logits_mse", "cross_entropy")]
+        config = tiny.run_config(root, run={"name": name, "num_steps": 2}, losses=losses)
+        config["optimizer"] = {"learning_rate": 0.01, "weight_decay": 0.0}
+        Distiller(config).fit()
+        student = tiny.transformers.AutoModelForCausalLM.from_pretrained(root / "runs" / name / "export")
+        outcomes.append(student.state_dict())
+        assert (student.lm_head.weight[96:] == filling).all()
+    one, other = outcomes
+    for weight in one:
+        assert torch.equal(one[weight][:96], other[weight][:96]), weight
+
+
+def test_a_head_smaller_than_the_tokenizer(root: Path) -> None:
+    tiny.model("causal_lm", vocab_size=90).save_pretrained(root / "teacher")
+    refused(tiny.run_config(root), ConfigError, "head has 90 rows, fewer than the tokenizer's 96 ids")
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"student": {"layers": [0, 4]}}, ("student.layers: the teacher has no layer 4", "0 to 3")),
+        ({"student": {"layers": 9}}, ("student.layers: 9 layers asked of a teacher that has 4",)),
+    ],
+)
+def test_a_layer_to_copy_that_is_out_of_range(root: Path, changes: Settings, words: tuple[str, ...]) -> None:
+    refused(tiny.run_config(root, **changes), ConfigError, *words)
+
+
+def test_a_layer_to_compare_that_is_out_of_range_claims_no_folder(root: Path) -> None:
+    """The next try, with the layer put right, is the same run to its folder."""
+    config = tiny.run_config(root, losses=[{"kind": "hidden_mse", "layers": [[2, 7]]}])
+    fail(config, ConfigError, "losses.0.layers: the teacher has no layer 7")
+    assert not (root / "runs").exists()
+
+
+def test_weights_that_are_only_a_pickle(root: Path) -> None:
+    teacher = tiny.model("causal_lm")
+    torch.save(teacher.state_dict(), root / "teacher" / "pytorch_model.bin")
+    (root / "teacher" / "model.safetensors").unlink()
+    config = tiny.run_config(root)
+    refused(config, ConfigError, "only as a pickle (pytorch_model.bin)", "teacher.allow_pickle: true")
+    config["teacher"]["allow_pickle"] = True
+    assert parts_of(config).teacher is not None
+
+
+# shards
+
+
+@pytest.mark.parametrize("damage", ["missing", "truncated", "index missing"])
+def test_a_shard_that_is_not_whole(root: Path, damage: str) -> None:
+    shard = root / "train" / "shard-000001.tar"
+    if damage == "truncated":
+        shard.write_bytes(shard.read_bytes()[:-2000])
+    else:
+        (shard if damage == "missing" else shard.with_suffix(".index.npy")).unlink()
+    words = {"missing": "no such file", "truncated": "cut short", "index missing": "no such file"}[damage]
+    fail(tiny.run_config(root), DataError, str(shard.with_suffix("")), words)
+
+
+def test_a_flipped_bit_names_shard_sample_and_byte(root: Path) -> None:
+    flip_a_bit(root / "train" / "shard-000000.tar")
+    config = tiny.run_config(root, run={"num_steps": 12})
+    told = fail(config, DataError, "flipped bits", "data.max_bad_samples is 0", "verify_shards.py")
+    assert re.search(r"shard-000000\.tar, sample 000000-00000020 \(number 20\), at byte [\d,]+:", told), told
+
+
+def test_damage_that_is_allowed_is_counted_and_the_run_goes_on(root: Path) -> None:
+    flip_a_bit(root / "train" / "shard-000000.tar")
+    config = tiny.run_config(root, run={"num_steps": 14}, data={"max_bad_samples": 4})
+    assert Distiller(config).fit()
+    lines = (root / "runs" / "run" / "metrics.jsonl").read_text().splitlines()
+    counts = [record["data/bad_samples"] for record in map(json.loads, lines) if "data/bad_samples" in record]
+    assert counts == sorted(counts)
+    assert 1 <= counts[-1] <= 2  # 112 sequences of a set of 96: met once, or again in the second epoch
+    assert "flipped bits" in (root / "runs" / "run" / "log.txt").read_text()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"tokenizer": "0" * 64}, ("tokenizer fingerprint is 0000", "build the shards again")),
+        ({"task": "masked_lm"}, ("was built for masked_lm, but task.kind is causal_lm",)),
+        ({"format_version": 99}, ("format version 99 is newer than this Stillhouse reads (1)", "update Stillhouse")),
+    ],
+)
+def test_a_manifest_of_something_else(root: Path, change: Settings, words: tuple[str, ...]) -> None:
+    edit_manifest(root, lambda content: content.update(change))
+    error = ConfigError if "task" in change else DataError
+    refused(tiny.run_config(root), error, *words)
+
+
+def test_a_shard_with_a_pickle_is_refused_unopened(root: Path) -> None:
+    """A record named .pkl, with index and hashes that fit: it is known by its name, and its bytes are never run."""
+    import hashlib
+    import zlib
+
+    shard, index = root / "train" / "shard-000000.tar", root / "train" / "shard-000000.index.npy"
+    content = shard.read_bytes().replace(b"documents.npy", b"documents.pkl")
+    entries = np.load(index)
+    for entry in entries:
+        entry["crc32"] = zlib.crc32(content[entry["offset"] : entry["offset"] + entry["num_bytes"]])
+    shard.write_bytes(content)
+    np.save(index, entries)
+
+    def fit(manifest: dict[str, Any]) -> None:
+        manifest["shards"][0]["index_sha256"] = hashlib.sha256(index.read_bytes()).hexdigest()
+
+    edit_manifest(root, fit)
+    fail(tiny.run_config(root), DataError, ".documents.pkl': a sample holds plain .npy", "nothing is unpickled")
+
+
+def test_a_manifest_cannot_run_a_command(root: Path) -> None:
+    witness = root / "ran"
+    edit_manifest(root, lambda content: content["shards"][0].update(name=f"pipe:touch {witness}"))
+    refused(tiny.run_config(root), DataError, "pipe: addresses run shell commands", "data.allow_pipe: true")
+    assert not witness.exists()
+
+
+def test_missing_manifests(root: Path) -> None:
+    gone = {"manifest": str(root / "nowhere" / "manifest.json")}
+    refused(tiny.run_config(root, data=gone), DataError, "nowhere/manifest.json: no such file")
+    fail(tiny.run_config(root, evaluation=gone), DataError, "nowhere/manifest.json: no such file")
+    assert not (root / "runs").exists()
+
+
+# a run's folder
+
+
+def test_a_folder_of_another_run_is_left_as_it_is(root: Path) -> None:
+    Distiller(tiny.run_config(root, run={"num_steps": 3})).fit()
+    folder = root / "runs" / "run"
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    other = tiny.run_config(root, run={"num_steps": 3}, optimizer={"learning_rate": 0.5})
+    words = ("belongs to a run with other settings", "optimizer.learning_rate: was 0.01, is now 0.5", "run.name")
+    fail(other, CheckpointError, *words)
+    fail(other, CheckpointError, *words, resume=str(folder / "checkpoints" / "step_00000003"))
+    after = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    assert before == after
+
+
+def test_resuming_from_what_is_no_checkpoint(root: Path) -> None:
+    fail(tiny.run_config(root), CheckpointError, "not a complete checkpoint", resume=str(root / "teacher"))
+
+
+def test_resuming_on_other_data(root: Path) -> None:
+    Distiller(tiny.run_config(root, run={"num_steps": 3})).fit()
+    tiny.shards(root / "other", "causal_lm", seed=9)
+    config = tiny.run_config(root, data={"manifest": str(root / "other" / "manifest.json")})
+    fail(config, CheckpointError, "was trained on other data")
+    assert checkpoints(root) == ["step_00000003"]
+
+
+def test_resuming_with_another_zero_stage(root: Path) -> None:
+    Distiller(tiny.run_config(root, run={"num_steps": 3})).fit()
+    config = tiny.run_config(root) | {"zero": {"zero_optimization": {"stage": 3}}}
+    fail(config, CheckpointError, "was written under ZeRO stage 2, this run uses 3")
+
+
+@pytest.mark.parametrize("victim", ["zero/mp_rank_00_model_states.pt", "state/rank_00000.pt", "meta.json"])
+def test_a_damaged_checkpoint_is_named(root: Path, victim: str) -> None:
+    config = tiny.run_config(root, run={"num_steps": 3})
+    Distiller(config).fit()
+    path = root / "runs" / "run" / "checkpoints" / "step_00000003" / victim
+    path.write_bytes(path.read_bytes()[:40])
+    fail(tiny.run_config(root), CheckpointError, "step_00000003")
+
+
+# numbers that go wrong
+
+
+def test_a_loss_that_is_nan_names_its_samples_and_writes_no_checkpoint(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The micro-batch is named; the others of the step are not accused, and no weights of it reach the disk."""
+    own, met = OnlineTeacher.targets_for, []
+
+    def poisoned(self: OnlineTeacher, batch: Batch, rows: torch.Tensor) -> DenseTargets:
+        met.append(batch.names)
+        targets = own(self, batch, rows)
+        return replace(targets, hidden=targets.hidden * float("nan")) if len(met) == 4 * 4 + 2 else targets
+
+    monkeypatch.setattr(OnlineTeacher, "targets_for", poisoned)  # the second of the four micro-batches of step 5
+    config = tiny.run_config(root, checkpoint={"every_steps": 1})
+    told = fail(config, TrainingError, "was NaN or Inf in or before step", "lower optimizer.learning_rate")
+    assert all(name in told for name in met[17]), told
+    assert checkpoints(root) == ["step_00000003", "step_00000004"]
+    lines = (root / "runs" / "run" / "metrics.jsonl").read_text().splitlines()
+    assert all("step" in json.loads(line) for line in lines)
+
+
+def test_a_teacher_whose_weights_are_nan(root: Path) -> None:
+    model = tiny.model("causal_lm")
+    with torch.no_grad():
+        model.model.norm.weight[3] = float("nan")
+    model.save_pretrained(root / "teacher")
+    refused(tiny.run_config(root, student={"init": None, "layers": None, "config": tiny.LLAMA}), ConfigError,
+            "teacher (LlamaForCausalLM): its logits are NaN or Inf")  # fmt: skip
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_a_run_that_explodes_is_stopped(root: Path, stage: int) -> None:
+    config = tiny.run_config(root, optimizer={"learning_rate": 1e30, "max_grad_norm": 0.0})
+    config |= {"zero": {"zero_optimization": {"stage": stage}}}
+    told = fail(config, TrainingError, "was NaN or Inf in or before step", "lower optimizer.learning_rate")
+    assert "shard-00000" in told
+
+
+# several ranks: nobody is left waiting
+
+
+@pytest.mark.slow
+def test_damage_that_one_rank_meets_ends_both(root: Path) -> None:
+    """Whichever rank reads the record first says what is wrong with it, the other that it stops for that."""
+    flip_a_bit(root / "train" / "shard-000000.tar")
+    job = distill(tiny.run_config(root, run={"num_steps": 40}), root / "job", world_size=2)
+    assert job.wait() == [2, 2], job.output()
+    texts = [log.read_text() for log in job.logs]
+    assert all("shard-000000.tar, sample 000000-00000020" in text for text in texts), job.output()
+    assert sum("stopped with the others; rank" in text for text in texts) == 1, job.output()
+    assert not any("Traceback" in text for text in texts), job.output()
+
+
+@pytest.mark.slow
+def test_another_number_of_ranks_is_refused_by_all(root: Path) -> None:
+    config = tiny.run_config(root, run={"num_steps": 3})
+    Distiller(config).fit()
+    config["run"]["num_steps"] = 6
+    job = distill(config, root / "job", world_size=2)
+    assert job.wait() == [2, 2], job.output()
+    assert "was written by 1 ranks and this run has 2; start it with 1 ranks" in job.output()
+    assert checkpoints(root) == ["step_00000003"]
+
+
+def test_a_yaml_that_is_not_there(root: Path) -> None:
+    with pytest.raises(ConfigError, match=r"nowhere\.yaml"):
+        Distiller(root / "nowhere.yaml")
+    path = write_config(root / "run.yaml", tiny.run_config(root))
+    with pytest.raises(ConfigError, match=r"run\.nam"):
+        Distiller(path, ["run.nam=x"])
+
+
+def test_manifest_helpers_write_what_is_read(root: Path) -> None:
+    """The spoilt manifests above are refused for what was spoilt: an untouched one passes the same way."""
+    edit_manifest(root, lambda content: None)
+    text = (root / "train" / "manifest.json").read_text()
+    assert Manifest.from_json(text, "here").num_samples == 96
+    assert parts_of(tiny.run_config(root)).shards.manifest.task == "causal_lm"
