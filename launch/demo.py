@@ -128,6 +128,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"[{number}/{len(stages)}] {stage.title}{': done before' if is_done else ''}", flush=True)
         if not is_done:
             stage.work()
+            if not stage.done.exists():
+                raise TrainingError(f"stopped before {stage.done} was there; the same command goes on from here")
     show_results(demo.folder / "student")
     print(f"time:   {(time.monotonic() - started) / 60:.1f} minutes")
     return 0
