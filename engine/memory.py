@@ -43,8 +43,9 @@ def student_state_bytes(num_parameters: int, run: ResolvedRun) -> StateBytes:
     """Bytes on one device for P parameters over W ranks.
 
     With b bytes a weight, g a gradient (g = b unless data_types.grad_accum_dtype is fp32), as measured on
-    DeepSpeed 0.19: stage 0 (b + g + 8) P, and 4 P more for the master weights of 16-bit training;
-    stage 1 (b + g) P + 12 P / W; stage 2 b P + (g + 12) P / W; stage 3 (b + g + 12) P / W.
+    DeepSpeed 0.19: stage 0 (b + g + 8) P, and 4 P more for the master weights of 16-bit training; stages 1 and 2
+    b P + (g + 12) P / W; stage 3 (b + g + 12) P / W. Stage 1 in bf16 with fp32 sums is another optimizer of
+    DeepSpeed's, which keeps the gradients whole in both: (2 b + 4) P + 12 P / W.
     """
     size, world = VALUE_BYTES[run.precision], run.batch.world_size
     zero = run.deepspeed.get("zero_optimization", {})
@@ -52,7 +53,9 @@ def student_state_bytes(num_parameters: int, run: ResolvedRun) -> StateBytes:
     share = -(-num_parameters // world)
     stage = run.zero_stage
     weights = size * (share if stage == 3 else num_parameters)
-    gradients = gradient * (share if stage >= 2 else num_parameters)
+    gradients = gradient * (share if stage >= 1 else num_parameters)
+    if stage == 1 and gradient > size:
+        gradients = (gradient + size) * num_parameters
     master = 0 if stage == 0 and size == 4 else 4
     optimizer = (8 + master) * (share if stage >= 1 else num_parameters)
     host = 0
