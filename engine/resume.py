@@ -20,15 +20,17 @@ log = logging.getLogger("stillhouse")
 def open_run_folder(folder: Path, store: CheckpointStore, parts: Parts, place: Place, resume: str) -> Path | None:
     """Rank 0 decides what to resume from and prepares the folder; the others follow. Errors are everyone's."""
     found: Path | None = None
-    problem: Exception | None = None
+    problem: str | None = None
     if place.control.is_main:
         try:
             found = _prepare_folder(folder, parts, resume)
-        except (CheckpointError, OSError) as error:
-            problem = error
-    found, text = place.control.from_main((found, None if problem is None else str(problem)))
-    if text is not None:
-        raise CheckpointError(text)
+        except CheckpointError as error:
+            problem = str(error)
+        except Exception as error:  # a full disk comes through several libraries, each with a type of its own
+            problem = f"{folder}: cannot be written ({error}); free some space or give another run.output"
+    found, problem = place.control.from_main((found, problem))
+    if problem is not None:
+        raise CheckpointError(problem)
     store.remove_incomplete()
     return found
 
