@@ -14,6 +14,7 @@ from engine.config.terms import HiddenTerm, LogitTerm
 from engine.cost import ParameterCount, count_parameters, peak_flops, training_flops_per_token
 from engine.data.shards import ShardSet
 from engine.errors import ConfigError, DataError
+from engine.losses.hidden import layer_pairs
 from engine.memory import VALUE_BYTES, StateBytes, activation_bytes, head_loss_bytes, student_state_bytes
 from engine.models import load_hf_config, shell
 from engine.student.build import student_config
@@ -127,7 +128,7 @@ class Planner:
         student = shell(self._student, MODEL_CLASSES[config.task.kind])
         teacher = shell(self._teacher, MODEL_CLASSES[config.task.kind]) if self._teacher is not None else None
         counted = count_parameters(student)
-        state = student_state_bytes(counted.total, run)
+        state = student_state_bytes(counted.total + _projection_parameters(config, student, teacher), run)
         parts = _state_parts(state) + _step_parts(student, teacher, run, self._data.sequence_tokens, self._machine.kind)
         size = VALUE_BYTES[run.precision]
         master_and_moments = 8 if run.zero_stage == 0 and size == 4 else 12
@@ -192,6 +193,18 @@ def _head_fraction(config: RunConfig) -> float:
     """Share of positions whose logits are formed: all, unless every term looks at masked ones alone."""
     everywhere = any(isinstance(term, LogitTerm) and term.restrict_to == "all" for term in config.losses)
     return 1.0 if everywhere or config.task.kind == "causal_lm" else config.task.mask_fraction
+
+
+def _projection_parameters(config: RunConfig, student: PreTrainedModel, teacher: PreTrainedModel | None) -> int:
+    """Weights that hidden terms train beside the student where the widths differ."""
+    if teacher is None:
+        return 0
+    ours, theirs = student.config.get_text_config(), teacher.config.get_text_config()
+    if ours.hidden_size == theirs.hidden_size:
+        return 0
+    terms = [term for term in config.losses if isinstance(term, HiddenTerm)]
+    pairs = [layer_pairs(term.layers, ours.num_hidden_layers, theirs.num_hidden_layers) for term in terms]
+    return sum(len(each) for each in pairs) * ours.hidden_size * theirs.hidden_size
 
 
 def _state_parts(state: StateBytes) -> list[Part]:

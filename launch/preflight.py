@@ -70,12 +70,13 @@ def main() -> int:
 
 def _run_lines(plan: Plan, machine: Machine) -> list[str]:
     run, batch, data = plan.run, plan.run.batch, plan.data
-    ranks = f"{batch.world_size} {'rank' if batch.world_size == 1 else 'ranks'}"
+    ranks, micro_batches = _plural(batch.world_size, "rank"), _plural(batch.accumulation, "micro-batch", "es")
+    sequences = _plural(batch.micro_sequences, "sequence")
     step_tokens = batch.global_sequences * data.sequence_tokens
     lines = [
         f"Run         {run.config.run.name}, {run.config.task.kind}, on {ranks} of {machine.kind}",
         f"Batch       {batch.global_sequences:,} sequences a step",
-        f"              = {ranks} x {batch.accumulation} micro-batches x {batch.micro_sequences} sequences",
+        f"              = {ranks} x {micro_batches} x {sequences}",
         f"              = {step_tokens:,} tokens, {data.sequence_tokens:,} a sequence",
         f"Length      {run.num_steps:,} steps = {_count(plan.num_tokens)} tokens",
         f"              = {plan.num_epochs:.2f} epochs of {data.num_samples:,} samples",
@@ -126,6 +127,10 @@ def _refusal_lines(plan: Plan, machine: Machine, remedies: list[tuple[str, Plan]
 
 def _model(counted: ParameterCount) -> str:
     return f"{_count(counted.total)} parameters ({_count(counted.in_layers)} in layers)"
+
+
+def _plural(number: int, word: str, ending: str = "s") -> str:
+    return f"{number:,} {word}{ending if number != 1 else ''}"
 
 
 def _count(number: float) -> str:
