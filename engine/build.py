@@ -50,7 +50,13 @@ def build_trainer(parts: Parts, place: Place, resume: str, stop: StopSignal, sho
         source = OnlineTeacher(parts.teacher, parts.task.model_inputs, hidden_states=objective.needs_hidden_states)
     torch.manual_seed(config.run.seed + place.ranks.rank)  # dropout differs over the ranks
     module = StudentWithObjective(parts.student.model, objective, parts.task.model_inputs)
-    flops = training_flops_per_token(parts.student.model, parts.teacher, sequence_tokens=manifest.sequence_tokens)
+    masked_only = config.task.kind == "masked_lm" and not objective.all_tokens
+    flops = training_flops_per_token(
+        parts.student.model,
+        parts.teacher,
+        sequence_tokens=manifest.sequence_tokens,
+        head_positions_fraction=config.task.mask_fraction if masked_only else 1.0,
+    )
     engine = StudentEngine(
         module, run.deepspeed, config.optimizer, place.device, head_loss=objective.head_loss, head=module.head
     )
