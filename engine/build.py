@@ -46,14 +46,14 @@ def build_trainer(parts: Parts, place: Place, resume: str, stop: StopSignal, sho
     store = CheckpointStore(folder / "checkpoints", place.control, config.checkpoint.keep)
     checkpoint = open_run_folder(folder, store, parts, place, resume)
     source: TargetSource = NoTeacher()
-    if parts.teacher is not None:
+    if parts.teacher is not None and objective.needs_targets:
         source = OnlineTeacher(parts.teacher, parts.task.model_inputs, hidden_states=objective.needs_hidden_states)
     torch.manual_seed(config.run.seed + place.ranks.rank)  # dropout differs over the ranks
     module = StudentWithObjective(parts.student.model, objective, parts.task.model_inputs)
     masked_only = config.task.kind == "masked_lm" and not objective.all_tokens
     flops = training_flops_per_token(
         parts.student.model,
-        parts.teacher,
+        parts.teacher if objective.needs_targets else None,
         sequence_tokens=manifest.sequence_tokens,
         head_positions_fraction=config.task.mask_fraction if masked_only else 1.0,
     )

@@ -71,6 +71,11 @@ class Objective(nn.Module):
                         self.projections[f"{i}_{number}"] = nn.Linear(student.width, teacher.width, bias=False)
 
     @property
+    def needs_targets(self) -> bool:
+        """Whether any term compares with a teacher."""
+        return any(not isinstance(term, CrossEntropy) for term in self.terms)
+
+    @property
     def needs_hidden_states(self) -> bool:
         return bool(self.pairs)
 
