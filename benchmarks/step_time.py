@@ -20,7 +20,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -40,7 +39,12 @@ from measuring import (
 from torch import Tensor
 from torch.nn import functional as F
 
+from engine.data.loader import Loader
+from engine.data.order import DataOrder
 from engine.data.shards import ShardSet
+from engine.losses.fused import FusedInputs, LogitLoss, fused_head_loss
+from engine.schema import Batch, DenseTargets, Head
+from engine.tasks.causal_lm import CausalLM
 
 SEQUENCES, TOKENS = 4, 512
 TEMPERATURE = 2.0
@@ -65,7 +69,7 @@ def main() -> None:
         first_to_die()
         begin = time.process_time()
         result = {ENGINE: engine_way, TRL: trl_way}.get(case["way"], bare_way)(case)
-        give_result(result | {"peak_bytes": peak_process_bytes(), "cpu_seconds": time.process_time() - begin})
+        give_result({"peak_bytes": peak_process_bytes(), "cpu_seconds": time.process_time() - begin} | result)
         return
     leave_nothing_behind()
     ways = arguments.ways or [ENGINE, FUSED, NAIVE, NO_TEACHER, *([TRL] if arguments.trl else [])]
@@ -153,7 +157,11 @@ def engine_way(case: dict[str, Any]) -> dict[str, Any]:
     lines = (folder / "runs" / case["name"] / "metrics.jsonl").read_text().splitlines()
     records = [record for record in map(json.loads, lines) if "throughput/step_seconds" in record][1:]
     phases = {key: statistics.median(r[key] for r in records) for key in records[0] if key.startswith("seconds/")}
-    return {"step_seconds": [record["throughput/step_seconds"] for record in records], "phases": phases}
+    return {
+        "step_seconds": [record["throughput/step_seconds"] for record in records],
+        "peak_bytes": records[-1]["memory/peak_bytes"],  # the report and the export that follow are no part of a step
+        "phases": phases,
+    }
 
 
 def bare_way(case: dict[str, Any]) -> dict[str, Any]:
@@ -165,9 +173,10 @@ def bare_way(case: dict[str, Any]) -> dict[str, Any]:
         teacher = transformers.LlamaForCausalLM.from_pretrained(folder / "teacher").eval().requires_grad_(False)
     loss_of = {NAIVE: naive_loss, FUSED: fused_loss, NO_TEACHER: no_teacher_loss}[case["way"]]
     optimizer = torch.optim.AdamW(student.parameters(), lr=LEARNING_RATE, fused=True)
+    steps = batches(folder, num_steps(case))
     marks = [time.perf_counter()]
-    for step, input_ids in enumerate(batches(folder, num_steps(case)), 1):
-        loss_of(student, teacher, input_ids).backward()
+    for step, batch in enumerate(steps, 1):
+        loss_of(student, teacher, batch).backward()
         torch.nn.utils.clip_grad_norm_(student.parameters(), MAX_GRAD_NORM)
         optimizer.step()
         optimizer.zero_grad()
@@ -176,12 +185,14 @@ def bare_way(case: dict[str, Any]) -> dict[str, Any]:
     return {"step_seconds": block_seconds(marks, case)}
 
 
-def batches(folder: Path, number: int) -> Iterator[Tensor]:
-    """[B, T] token ids in file order, from memory."""
+def batches(folder: Path, number: int) -> list[Batch]:
+    """The micro-batches of the engine's first ``number`` steps, all read beforehand."""
     shards = ShardSet.open(str(folder / "shards" / "manifest.json"))
-    samples = [shards.read(0, index).token_ids for index in range(number * SEQUENCES)]
-    tokens = torch.stack([torch.from_numpy(sample.astype("int64")) for sample in samples])
-    return iter(tokens.split(SEQUENCES))
+    order = DataOrder(shards.manifest.samples_per_shard, seed=0, lanes=64, shuffle_samples=1024)
+    loader = Loader(
+        shards, order, CausalLM().label, num_steps=number, global_sequences=SEQUENCES, micro_sequences=SEQUENCES
+    )
+    return [batch for step in loader.steps() for batch in step.micro_batches]
 
 
 def block_seconds(marks: list[float], case: dict[str, Any]) -> list[float]:
@@ -189,33 +200,32 @@ def block_seconds(marks: list[float], case: dict[str, Any]) -> list[float]:
     return [(end - begin) / case["block_steps"] for begin, end in pairwise(marks[1:])]
 
 
-def naive_loss(student: Any, teacher: Any, input_ids: Tensor) -> Tensor:
-    logits = student(input_ids, use_cache=False).logits[:, :-1].flatten(0, 1)
+def naive_loss(student: Any, teacher: Any, batch: Batch) -> Tensor:
+    inputs = CausalLM().model_inputs(batch, student)
+    logits = student(**inputs).logits.flatten(0, 1)
     with torch.no_grad():
-        teacher_logits = teacher(input_ids, use_cache=False).logits[:, :-1].flatten(0, 1)
+        teacher_logits = teacher(**inputs).logits.flatten(0, 1)
     kl = F.kl_div(
         F.log_softmax(logits / TEMPERATURE, dim=-1),
         F.log_softmax(teacher_logits / TEMPERATURE, dim=-1),
         reduction="batchmean",
         log_target=True,
     )
-    return kl * TEMPERATURE**2 + F.cross_entropy(logits, input_ids[:, 1:].flatten())
+    return kl * TEMPERATURE**2 + F.cross_entropy(logits, batch.labels.flatten())
 
 
-def no_teacher_loss(student: Any, teacher: Any, input_ids: Tensor) -> Tensor:
-    logits = student(input_ids, use_cache=False).logits[:, :-1].flatten(0, 1)
-    return F.cross_entropy(logits, input_ids[:, 1:].flatten())
+def no_teacher_loss(student: Any, teacher: Any, batch: Batch) -> Tensor:
+    logits = student(**CausalLM().model_inputs(batch, student)).logits
+    return F.cross_entropy(logits.flatten(0, 1), batch.labels.flatten())
 
 
-def fused_loss(student: Any, teacher: Any, input_ids: Tensor) -> Tensor:
-    from engine.losses.fused import FusedInputs, LogitLoss, fused_head_loss
-    from engine.schema import DenseTargets, Head
-
+def fused_loss(student: Any, teacher: Any, batch: Batch) -> Tensor:
+    model_inputs = CausalLM().model_inputs(batch, student)
     with torch.no_grad():
-        teacher_hidden = teacher.model(input_ids, use_cache=False).last_hidden_state[:, :-1].flatten(0, 1)
-    hidden = student.model(input_ids, use_cache=False).last_hidden_state[:, :-1].flatten(0, 1)
+        teacher_hidden = teacher.model(**model_inputs).last_hidden_state.flatten(0, 1)[batch.label_rows]
+    hidden = student.model(**model_inputs).last_hidden_state.flatten(0, 1)[batch.label_rows]
     inputs = FusedInputs(
-        labels=input_ids[:, 1:].flatten(),
+        labels=batch.labels.flatten()[batch.label_rows],
         all_labelled=True,
         targets=DenseTargets(teacher_hidden, Head(teacher.lm_head.weight, None)),
         losses=[LogitLoss("forward_kl", 1.0, TEMPERATURE), LogitLoss("cross_entropy", 1.0)],
@@ -233,7 +243,7 @@ def trl_way(case: dict[str, Any]) -> dict[str, Any]:
 
     folder = Path(case["folder"])
     models = [transformers.LlamaForCausalLM.from_pretrained(folder / name) for name in ("student", "teacher")]
-    tokens = torch.cat(list(batches(folder, num_steps(case))))
+    tokens = torch.cat([batch.input_ids for batch in batches(folder, num_steps(case))])
     marks = [time.perf_counter()]
 
     class Marks(transformers.TrainerCallback):

@@ -57,9 +57,7 @@ def build_trainer(parts: Parts, place: Place, resume: str, stop: StopSignal, sho
         sequence_tokens=manifest.sequence_tokens,
         head_positions_fraction=config.task.mask_fraction if masked_only else 1.0,
     )
-    engine = StudentEngine(
-        module, run.deepspeed, config.optimizer, place.device, head_loss=objective.head_loss, head=module.head
-    )
+    engine = StudentEngine(module, run.deepspeed, config.optimizer, head_loss=objective.head_loss, head=module.head)
     state, num_bad = TrainState(), 0
     if checkpoint is not None:
         state, num_bad = load_checkpoint(checkpoint, engine, parts, place)

@@ -86,7 +86,6 @@ class StudentEngine:
         module: nn.Module,
         config: dict[str, Any],
         optimizer: OptimizerSection,
-        device: torch.device,
         head_loss: nn.Module,
         head: Head,
     ) -> None:
@@ -95,11 +94,7 @@ class StudentEngine:
         own = None
         if "optimizer" not in config:
             own = torch.optim.AdamW(
-                groups,
-                lr=optimizer.learning_rate,
-                betas=optimizer.betas,
-                eps=optimizer.eps,
-                fused=device.type == "cuda",
+                groups, lr=optimizer.learning_rate, betas=optimizer.betas, eps=optimizer.eps, fused=True
             )
         buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
         self._engine, self._optimizer, _, _ = deepspeed.initialize(
