@@ -1,90 +1,32 @@
-"""What a user can get wrong: each is told in one clear message, with exit code 2 and nothing lost."""
+"""What a user can get wrong in a run: each is told in one clear message, with exit code 2 and nothing lost.
+
+Damaged shards are in test_bad_shards.py, a full disk is in test_full_disk.py.
+"""
 
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
 import torch
+import transformers
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from engine import Distiller
-from engine.checkpoint import complete_checkpoints
-from engine.config.load import parse_config
-from engine.data.manifest import Manifest
-from engine.dist import Control, Ranks
-from engine.errors import CheckpointError, ConfigError, DataError, StillhouseError, TrainingError
-from engine.parts import Parts, Place, build_parts
+from engine.errors import CheckpointError, ConfigError, TrainingError
 from engine.schema import Batch, DenseTargets
 from engine.teacher.online import OnlineTeacher
 from tests import tiny
 from tests.launching import distill, write_config
-
-Settings = dict[str, Any]
-
-
-@pytest.fixture(scope="module")
-def origin(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run that works; its shards and models are copied, never changed."""
-    root = tmp_path_factory.mktemp("origin")
-    tiny.run_config(root)
-    return root
+from tests.refusals import Settings, checkpoints, fail, parts_of, refused
 
 
 @pytest.fixture
-def root(origin: Path, tmp_path: Path) -> Path:
-    """The same run in a folder of its own, to be spoilt."""
-    for name in ("teacher", "train", "heldout"):
-        (tmp_path / name).mkdir()
-        for path in (origin / name).iterdir():
-            (tmp_path / name / path.name).write_bytes(path.read_bytes())
-    return tmp_path
-
-
-def parts_of(config: Settings, world_size: int = 1) -> Parts:
-    place = Place(Ranks(0, world_size, 0), Control(Ranks(0, 1, 0)), torch.device("cpu"))
-    return build_parts(parse_config(config), place)
-
-
-def refused(config: Settings, error: type[StillhouseError], *words: str, world_size: int = 1) -> None:
-    with pytest.raises(error) as caught:
-        parts_of(config, world_size)
-    for word in words:
-        assert word in str(caught.value), str(caught.value)
-
-
-def edit_manifest(root: Path, change: Callable[[dict[str, Any]], Any]) -> None:
-    path = root / "train" / "manifest.json"
-    content = json.loads(path.read_text())
-    change(content)
-    path.write_text(json.dumps(content))
-
-
-def flip_a_bit(shard: Path, sample: int = 20) -> None:
-    """In a token of a sample: no header tells of it, the checksum of the record does."""
-    offset, num_bytes, _ = np.load(shard.with_suffix(".index.npy"))[sample]
-    content = bytearray(shard.read_bytes())
-    content[offset + num_bytes - 512 + 128 + 3] ^= 0x10
-    shard.write_bytes(content)
-
-
-def fail(config: Settings, error: type[StillhouseError], *words: str, resume: str = "auto") -> str:
-    with pytest.raises(error) as caught:
-        Distiller(config, resume=resume).fit()
-    for word in words:
-        assert word in str(caught.value), str(caught.value)
-    return str(caught.value)
-
-
-def checkpoints(root: Path, name: str = "run") -> list[str]:
-    return [path.name for path in complete_checkpoints(root / "runs" / name / "checkpoints")]
+def root(run_root: Path) -> Path:
+    return run_root
 
 
 # the two configuration files
@@ -129,6 +71,14 @@ def test_a_stage_3_option_at_stage_1(root: Path) -> None:
     refused(tiny.run_config(root) | {"zero": ds}, ConfigError, *words)
 
 
+def test_a_yaml_that_is_not_there(root: Path) -> None:
+    with pytest.raises(ConfigError, match=r"nowhere\.yaml"):
+        Distiller(root / "nowhere.yaml")
+    path = write_config(root / "run.yaml", tiny.run_config(root))
+    with pytest.raises(ConfigError, match=r"run\.nam"):
+        Distiller(path, ["run.nam=x"])
+
+
 # models
 
 
@@ -163,7 +113,7 @@ def test_a_padded_teacher_is_accepted_and_its_padding_has_no_part_in_the_loss(ro
         config = tiny.run_config(root, run={"name": name, "num_steps": 2}, losses=losses)
         config["optimizer"] = {"learning_rate": 0.01, "weight_decay": 0.0}
         Distiller(config).fit()
-        student = tiny.transformers.AutoModelForCausalLM.from_pretrained(root / "runs" / name / "export")
+        student = transformers.AutoModelForCausalLM.from_pretrained(root / "runs" / name / "export")
         outcomes.append(student.state_dict())
         assert (student.lm_head.weight[96:] == filling).all()
     one, other = outcomes
@@ -202,86 +152,6 @@ def test_weights_that_are_only_a_pickle(root: Path) -> None:
     refused(config, ConfigError, "only as a pickle (pytorch_model.bin)", "teacher.allow_pickle: true")
     config["teacher"]["allow_pickle"] = True
     assert parts_of(config).teacher is not None
-
-
-# shards
-
-
-@pytest.mark.parametrize("damage", ["missing", "truncated", "index missing"])
-def test_a_shard_that_is_not_whole(root: Path, damage: str) -> None:
-    shard = root / "train" / "shard-000001.tar"
-    if damage == "truncated":
-        shard.write_bytes(shard.read_bytes()[:-2000])
-    else:
-        (shard if damage == "missing" else shard.with_suffix(".index.npy")).unlink()
-    words = {"missing": "no such file", "truncated": "cut short", "index missing": "no such file"}[damage]
-    fail(tiny.run_config(root), DataError, str(shard.with_suffix("")), words)
-
-
-def test_a_flipped_bit_names_shard_sample_and_byte(root: Path) -> None:
-    flip_a_bit(root / "train" / "shard-000000.tar")
-    config = tiny.run_config(root, run={"num_steps": 12})
-    told = fail(config, DataError, "flipped bits", "data.max_bad_samples is 0", "verify_shards.py")
-    assert re.search(r"shard-000000\.tar, sample 000000-00000020 \(number 20\), at byte [\d,]+:", told), told
-
-
-def test_damage_that_is_allowed_is_counted_and_the_run_goes_on(root: Path) -> None:
-    flip_a_bit(root / "train" / "shard-000000.tar")
-    config = tiny.run_config(root, run={"num_steps": 14}, data={"max_bad_samples": 4})
-    assert Distiller(config).fit()
-    lines = (root / "runs" / "run" / "metrics.jsonl").read_text().splitlines()
-    counts = [record["data/bad_samples"] for record in map(json.loads, lines) if "data/bad_samples" in record]
-    assert counts == sorted(counts)
-    assert 1 <= counts[-1] <= 2  # 112 sequences of a set of 96: met once, or again in the second epoch
-    assert "flipped bits" in (root / "runs" / "run" / "log.txt").read_text()
-
-
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        ({"tokenizer": "0" * 64}, ("tokenizer fingerprint is 0000", "build the shards again")),
-        ({"task": "masked_lm"}, ("was built for masked_lm, but task.kind is causal_lm",)),
-        ({"format_version": 99}, ("format version 99 is newer than this Stillhouse reads (1)", "update Stillhouse")),
-    ],
-)
-def test_a_manifest_of_something_else(root: Path, change: Settings, words: tuple[str, ...]) -> None:
-    edit_manifest(root, lambda content: content.update(change))
-    error = ConfigError if "task" in change else DataError
-    refused(tiny.run_config(root), error, *words)
-
-
-def test_a_shard_with_a_pickle_is_refused_unopened(root: Path) -> None:
-    """A record named .pkl, with index and hashes that fit: it is known by its name, and its bytes are never run."""
-    import hashlib
-    import zlib
-
-    shard, index = root / "train" / "shard-000000.tar", root / "train" / "shard-000000.index.npy"
-    content = shard.read_bytes().replace(b"documents.npy", b"documents.pkl")
-    entries = np.load(index)
-    for entry in entries:
-        entry["crc32"] = zlib.crc32(content[entry["offset"] : entry["offset"] + entry["num_bytes"]])
-    shard.write_bytes(content)
-    np.save(index, entries)
-
-    def fit(manifest: dict[str, Any]) -> None:
-        manifest["shards"][0]["index_sha256"] = hashlib.sha256(index.read_bytes()).hexdigest()
-
-    edit_manifest(root, fit)
-    fail(tiny.run_config(root), DataError, ".documents.pkl': a sample holds plain .npy", "nothing is unpickled")
-
-
-def test_a_manifest_cannot_run_a_command(root: Path) -> None:
-    witness = root / "ran"
-    edit_manifest(root, lambda content: content["shards"][0].update(name=f"pipe:touch {witness}"))
-    refused(tiny.run_config(root), DataError, "pipe: addresses run shell commands", "data.allow_pipe: true")
-    assert not witness.exists()
-
-
-def test_missing_manifests(root: Path) -> None:
-    gone = {"manifest": str(root / "nowhere" / "manifest.json")}
-    refused(tiny.run_config(root, data=gone), DataError, "nowhere/manifest.json: no such file")
-    fail(tiny.run_config(root, evaluation=gone), DataError, "nowhere/manifest.json: no such file")
-    assert not (root / "runs").exists()
 
 
 # a run's folder
@@ -370,18 +240,6 @@ def test_a_run_that_explodes_is_stopped(root: Path, stage: int) -> None:
 
 
 @pytest.mark.slow
-def test_damage_that_one_rank_meets_ends_both(root: Path) -> None:
-    """Whichever rank reads the record first says what is wrong with it, the other that it stops for that."""
-    flip_a_bit(root / "train" / "shard-000000.tar")
-    job = distill(tiny.run_config(root, run={"num_steps": 40}), root / "job", world_size=2)
-    assert job.wait() == [2, 2], job.output()
-    texts = [log.read_text() for log in job.logs]
-    assert all("shard-000000.tar, sample 000000-00000020" in text for text in texts), job.output()
-    assert sum("stopped with the others; rank" in text for text in texts) == 1, job.output()
-    assert not any("Traceback" in text for text in texts), job.output()
-
-
-@pytest.mark.slow
 def test_another_number_of_ranks_is_refused_by_all(root: Path) -> None:
     config = tiny.run_config(root, run={"num_steps": 3})
     Distiller(config).fit()
@@ -390,19 +248,3 @@ def test_another_number_of_ranks_is_refused_by_all(root: Path) -> None:
     assert job.wait() == [2, 2], job.output()
     assert "was written by 1 ranks and this run has 2; start it with 1 ranks" in job.output()
     assert checkpoints(root) == ["step_00000003"]
-
-
-def test_a_yaml_that_is_not_there(root: Path) -> None:
-    with pytest.raises(ConfigError, match=r"nowhere\.yaml"):
-        Distiller(root / "nowhere.yaml")
-    path = write_config(root / "run.yaml", tiny.run_config(root))
-    with pytest.raises(ConfigError, match=r"run\.nam"):
-        Distiller(path, ["run.nam=x"])
-
-
-def test_manifest_helpers_write_what_is_read(root: Path) -> None:
-    """The spoilt manifests above are refused for what was spoilt: an untouched one passes the same way."""
-    edit_manifest(root, lambda content: None)
-    text = (root / "train" / "manifest.json").read_text()
-    assert Manifest.from_json(text, "here").num_samples == 96
-    assert parts_of(tiny.run_config(root)).shards.manifest.task == "causal_lm"

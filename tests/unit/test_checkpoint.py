@@ -152,7 +152,9 @@ def test_an_older_one_goes_only_when_the_newer_is_complete(tmp_path: Path) -> No
     save_steps(tmp_path, [1, 2])
     control = ThreadControl(Ranks(0, 1, 0), Meeting(1))
     store = CheckpointStore(tmp_path, control, keep=2)
-    store.save(3, fails(threading.Event()), {}, {})
+    failing = threading.Event()
+    store.save(3, fails(failing), {}, {})
+    failing.set()
     with pytest.raises(CheckpointError):
         store.finish_writing()
     assert names(tmp_path) == ["step_00000001", "step_00000002"]
