@@ -16,7 +16,6 @@ import json
 import os
 import random
 import signal
-import socket
 import statistics
 import subprocess
 import sys
@@ -77,6 +76,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--checkpoint-every", type=int, default=7)
     parser.add_argument("--stage", type=int, default=2, help="ZeRO stage")
+    parser.add_argument("--port", type=int, default=29_500, help="of the rendezvous, the same for all jobs")
     parser.add_argument("--seed", type=int, default=0, help="of the moments and victims")
     parser.add_argument("--wait-seconds", type=float, default=180.0, help="no wait is longer than this")
     return parser.parse_args()
@@ -127,10 +127,15 @@ class Job:
         self._patience = arguments.wait_seconds
         config = folder / f"{name}.yaml"
         config.write_text(yaml.safe_dump(run_config(folder, name, arguments)))
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        words = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "2", "--master_port", str(port)]
+        words = [
+            sys.executable,
+            "-m",
+            "deepspeed.launcher.runner",
+            "--num_gpus",
+            "2",
+            "--master_port",
+            str(arguments.port),
+        ]
         words += [str(ROOT / "launch" / "distill.py"), "--config", str(config)]
         self._log = folder / f"{name}.log"
         with self._log.open("ab") as log:
