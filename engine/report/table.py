@@ -14,9 +14,7 @@ def results_table(results: Results) -> list[str]:
     lines = _aligned([HEADINGS, *(_row(model) for model in results.models)])
     lines.insert(1, "-" * len(lines[0]))
     if results.num_heldout_tokens is not None:
-        lines.append(
-            f"on {results.num_heldout_tokens:,} held-out positions; agreement: the teacher's first choice"
-        )
+        lines.append(f"on {results.num_heldout_tokens:,} held-out positions; agreement: the teacher's first choice")
     return lines
 
 
