@@ -136,7 +136,7 @@ class Job:
             "--master_port",
             str(arguments.port),
         ]
-        words += [str(ROOT / "launch" / "distill.py"), "--config", str(config)]
+        words += ["--master_port", str(arguments.port), str(ROOT / "launch" / "distill.py"), "--config", str(config)]
         self._log = folder / f"{name}.log"
         with self._log.open("ab") as log:
             self.launcher = subprocess.Popen(
