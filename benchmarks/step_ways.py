@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import transformers
+from measuring import ROOT
 from torch import Tensor
 from torch.nn import functional as F
 
