@@ -44,7 +44,7 @@ def peak_bytes(config: dict[str, Any]) -> tuple[int, int]:
 
 
 def main() -> None:
-    init_distributed(60.0)
+    init_distributed(300.0)
     build_ops()
     measured = [peak_bytes(config) for config in json.loads(sys.argv[1])]
     if torch.distributed.get_rank() == 0:
