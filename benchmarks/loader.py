@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import json
-import platform
 import statistics
 import tempfile
 import time
@@ -23,6 +21,7 @@ from typing import NamedTuple
 
 import numpy as np
 import webdataset
+from measuring import write_json
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
@@ -58,16 +57,13 @@ def main() -> None:
         throughput = measure_throughput(manifest, arguments)
         starts = measure_starts(manifest, arguments)
     result = {
-        "machine": {"processor": platform.processor() or platform.machine(), "python": platform.python_version()},
         "versions": {"numpy": np.__version__, "webdataset": webdataset.__version__},
         "settings": {name: value for name, value in vars(arguments).items() if name not in ("output", "folder")},
         "throughput": {name: figures._asdict() for name, figures in throughput.items()},
         "first_batch_seconds": starts,
     }
     show(throughput, starts)
-    if arguments.output is not None:
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        arguments.output.write_text(json.dumps(result, indent=1) + "\n")
+    write_json(arguments.output, result)
 
 
 def parse_arguments() -> argparse.Namespace:
