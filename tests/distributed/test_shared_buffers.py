@@ -9,6 +9,7 @@ from tests.launching import Job, finish
 RANK = """
 import glob, os
 import torch
+os.environ["LOCAL_SIZE"] = os.environ["WORLD_SIZE"]  # as the deepspeed launcher does
 from engine.zero import init_distributed
 init_distributed(60.0)
 torch.distributed.barrier()
