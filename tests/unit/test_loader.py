@@ -161,10 +161,18 @@ def located(sequence: int) -> tuple[int, int]:
     return where.shard, where.index
 
 
-def test_damaged_record_is_replaced_counted_and_logged(
-    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(logging.getLogger("stillhouse"), "propagate", True)  # off once a run was set up in this process
+@pytest.fixture
+def messages() -> Iterator[list[str]]:
+    """What our logger is told, whether or not a run was set up in this process before (which ends propagation)."""
+    told: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: told.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("stillhouse").addHandler(handler)
+    yield told
+    logging.getLogger("stillhouse").removeHandler(handler)
+
+
+def test_damaged_record_is_replaced_counted_and_logged(messages: list[str]) -> None:
     first, second = located(16 * 3 + 5), located(16 * 6 + 1)
     whole = list(make_loader().steps())
     steps = list(make_loader(MemoryShards({first, second}), num_steps=8, max_bad_samples=2, reader_threads=3).steps())
@@ -176,7 +184,6 @@ def test_damaged_record_is_replaced_counted_and_logged(
         range(SEQUENCE_TOKENS, 2 * SEQUENCE_TOKENS)
     )
     assert torch.equal(batch.input_ids[[0, 2, 3]], whole[3].micro_batches[1].input_ids[[0, 2, 3]])
-    messages = [record.getMessage() for record in caplog.records]
     assert len(messages) == 2
     assert f"{first[0]}.tar, sample {first[1]}: flipped bit" in messages[0]
 
