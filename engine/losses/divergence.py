@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -17,28 +17,36 @@ from torch import Tensor
 Result = tuple[Tensor, Tensor]
 
 
-class Distribution(NamedTuple):
-    """Probabilities over the vocabulary and their logarithms, [C, V] both."""
+class Distribution:
+    """Probabilities ``p`` over the vocabulary, [C, V], of ``logits`` already divided by the temperature.
 
-    p: Tensor
-    log_p: Tensor
+    The logarithms are a pass over memory each, so they are formed only for a term that needs them all.
+    """
+
+    def __init__(self, logits: Tensor, p: Tensor, log_total: Tensor) -> None:
+        self.logits, self.p, self.log_total = logits, p, log_total
+        """log p = logits - log_total, [C, 1]"""
+
+    @cached_property
+    def log_p(self) -> Tensor:
+        return self.logits - self.log_total
+
+    def log_p_at(self, index: Tensor) -> Tensor:
+        """log p of one id a row; ``index`` is [C, 1]."""
+        return (self.logits.gather(1, index) - self.log_total).squeeze(1)
 
 
-def softmax(logits: Tensor) -> Distribution:
-    """[C, V] -> the distribution of each row.
+def softmax(logits: Tensor, peak: Tensor | None = None) -> Distribution:
+    """[C, V] -> the distribution of each row; ``peak`` is the largest logit of each, [C, 1], where it is known.
 
     On a CPU torch adds up a row's exponentials one after the other: over 152k ids with a spread of 4 its softmax is
-    off by 1.4e-5. Its own sum of the result is pairwise and exact to 1e-7, so the result is divided by that. An exp
-    there also costs more than the whole softmax, so the logarithms are taken from the logits; on a GPU each pass over
-    the memory counts instead.
+    off by 1.4e-5. Its own sum of the result is pairwise and exact to 1e-7, so the result is divided by that.
     """
-    if logits.is_cuda:
-        log_p = torch.log_softmax(logits, dim=1)
-        return Distribution(log_p.exp(), log_p)
     p = torch.softmax(logits, dim=1)
-    p.mul_(p.sum(dim=1, keepdim=True).reciprocal_())
-    log_total = logits.amax(dim=1, keepdim=True) - p.amax(dim=1, keepdim=True).log_()
-    return Distribution(p, logits - log_total)
+    if not logits.is_cuda:
+        p.mul_(p.sum(dim=1, keepdim=True).reciprocal_())
+    peak = logits.amax(dim=1, keepdim=True) if peak is None else peak
+    return Distribution(logits, p, peak - p.amax(dim=1, keepdim=True).log_())
 
 
 def _through_softmax(q: Tensor, slope: Tensor) -> Tensor:
@@ -54,10 +62,15 @@ def _log_mixture(log_q: Tensor, log_p: Tensor, teacher_share: float) -> Tensor:
     return torch.logaddexp(log_p + math.log(teacher_share), log_q + math.log1p(-teacher_share))
 
 
+def forward_kl_value(student: Distribution, teacher: Distribution) -> Tensor:
+    """KL(p || q) of each row, without the logarithms: sum p (z_p - z_q), less the difference of the log totals."""
+    gap = teacher.logits - student.logits
+    return torch.linalg.vecdot(teacher.p, gap) - (teacher.log_total - student.log_total).squeeze(1)
+
+
 def forward_kl(student: Distribution, teacher: Distribution) -> Result:
     """KL(p || q); dz = q - p."""
-    value = torch.linalg.vecdot(teacher.p, teacher.log_p - student.log_p)
-    return value, student.p - teacher.p
+    return forward_kl_value(student, teacher), student.p - teacher.p
 
 
 def reverse_kl(student: Distribution, teacher: Distribution) -> Result:

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from engine.losses.divergence import DIVERGENCES, Distribution, logits_mse, softmax
+from engine.losses.divergence import DIVERGENCES, Distribution, forward_kl_value, logits_mse, softmax
 from engine.losses.head import head_logits
 from engine.schema import IGNORE, DenseTargets, Head
 
@@ -85,13 +86,20 @@ class _FusedHead(torch.autograd.Function):
             d_weight = torch.zeros(weight.shape, dtype=torch.float32, device=device) if weight.requires_grad else None
             d_bias = torch.zeros_like(bias, dtype=torch.float32) if bias is not None and bias.requires_grad else None
         row_bytes = 4 * num_ids
-        chunk_rows = max(16, CHUNK_BYTES[device.type] // row_bytes)
         num_rows = hidden.shape[0] if inputs.losses or inputs.with_metrics else 0
-        for start in range(0, num_rows, chunk_rows):
+        chunk_rows = min(num_rows, max(16, CHUNK_BYTES[device.type] // row_bytes))
+        # one buffer each for all chunks: on a CPU memory that is new costs a page fault for every 4 KiB
+        shape = (chunk_rows, num_ids)
+        student_buffer = torch.empty(shape, device=device)
+        teacher_buffer = torch.empty(shape, device=device) if inputs.targets else None
+        for start in range(0, num_rows, max(1, chunk_rows)):
             rows = slice(start, start + chunk_rows)
             h = hidden[rows]
-            logits = head_logits(h, head, num_ids)
-            teacher = head_logits(inputs.targets.hidden[rows], inputs.targets.head, num_ids) if inputs.targets else None
+            logits = head_logits(h, head, num_ids, out=student_buffer[: h.shape[0]])
+            teacher = None
+            if inputs.targets is not None and teacher_buffer is not None:
+                states = inputs.targets.hidden[rows]
+                teacher = head_logits(states, inputs.targets.head, num_ids, out=teacher_buffer[: h.shape[0]])
             _logits_to_gradient(logits, teacher, inputs.labels[rows], head, inputs, raw, metrics)
             if d_hidden is None:
                 continue
@@ -101,7 +109,7 @@ class _FusedHead(torch.autograd.Function):
             d_hidden[rows] = dz @ weight[:num_ids]
             if d_weight is not None:
                 _add_product(d_weight[:num_ids], dz.t(), h)
-            del logits, teacher, dz  # the next chunk's must not lie beside them
+            del dz  # the next chunk's must not lie beside it
         total = torch.zeros((), device=device)
         for number, loss in enumerate(inputs.losses):  # Python scalars: a tensor of them would make the host wait
             total += loss.coefficient * raw[number]
@@ -160,63 +168,75 @@ def _logits_to_gradient(
         z.copy_(gradient)
 
 
+class _Logits:
+    """One model's logits of a block, [C, V], and its distributions, each formed once."""
+
+    def __init__(self, z: Tensor) -> None:
+        self.z = z
+        self._at: dict[float, Distribution] = {}
+
+    @cached_property
+    def peak(self) -> Tensor:
+        return self.z.amax(dim=1, keepdim=True)
+
+    def at(self, temperature: float) -> Distribution:
+        if temperature not in self._at:
+            one = temperature == 1.0
+            scaled, peak = (self.z, self.peak) if one else (self.z / temperature, self.peak / temperature)
+            self._at[temperature] = softmax(scaled, peak)
+        return self._at[temperature]
+
+
 def _block_gradient(
     z: Tensor, z_teacher: Tensor | None, labels: Tensor, inputs: FusedInputs, raw: Tensor, metrics: Tensor
 ) -> Tensor:
     """Gradient of the weighted terms with respect to the student's final logits, [C, V]."""
     labelled = None if inputs.all_labelled else (labels != IGNORE)
     index = (labels if labelled is None else labels.clamp_min(0)).unsqueeze(1)
-    student: dict[float, Distribution] = {}
-    teacher: dict[float, Distribution] = {}
+    student, teacher = _Logits(z), None if z_teacher is None else _Logits(z_teacher)
     total: Tensor | None = None
     for number, loss in enumerate(inputs.losses):
         t = loss.temperature
-        if loss.kind != "logits_mse" and t not in student:
-            student[t] = softmax(z if t == 1.0 else z / t)
-        if loss.kind == "cross_entropy":
-            value, gradient = _cross_entropy(student[t], index)
-        elif loss.kind == "logits_mse":
-            assert z_teacher is not None
-            value, gradient = logits_mse(z, z_teacher)
+        value, gradient = _term(loss, student, teacher, index)
+        mask = labelled if loss.labelled_only else None
+        raw[number] += (value if mask is None else value * mask).sum() * (t * t)
+        if not inputs.with_gradient:
+            continue
+        factor = loss.coefficient * t  # d(T^2 f(z/T))/dz = T f'(z/T)
+        weight = factor if mask is None else mask.unsqueeze(1) * factor
+        if total is None:
+            total = gradient * weight
+        elif isinstance(weight, float):
+            total.add_(gradient, alpha=weight)
         else:
-            assert z_teacher is not None
-            if t not in teacher:
-                teacher[t] = softmax(z_teacher if t == 1.0 else z_teacher / t)
-            extra = () if loss.parameter is None else (loss.parameter,)
-            value, gradient = DIVERGENCES[loss.kind](student[t], teacher[t], *extra)
-        if loss.labelled_only and labelled is not None:
-            value, gradient = value * labelled, gradient.mul_(labelled.unsqueeze(1))
-        raw[number] += value.sum() * (t * t)
-        if inputs.with_gradient:  # d(T^2 f(z/T))/dz = T f'(z/T)
-            factor = loss.coefficient * t
-            total = gradient.mul_(factor) if total is None else total.add_(gradient, alpha=factor)
+            total.addcmul_(gradient, weight)
+        if loss.kind == "cross_entropy":
+            at_label = total.new_full(index.shape, -factor) if mask is None else -weight
+            total.scatter_add_(1, index, at_label)
     if inputs.with_metrics:
-        metrics += _metrics(z, z_teacher, index, labelled, student.get(1.0), teacher.get(1.0))
+        metrics += _metrics(student, teacher, index, labelled)
     return z if total is None else total
 
 
-def _cross_entropy(student: Distribution, index: Tensor) -> tuple[Tensor, Tensor]:
-    gradient = student.p.clone()
-    gradient.scatter_add_(1, index, gradient.new_full(index.shape, -1.0))
-    return -student.log_p.gather(1, index).squeeze(1), gradient
+def _term(loss: LogitLoss, student: _Logits, teacher: _Logits | None, index: Tensor) -> tuple[Tensor, Tensor]:
+    """Value of each row, and the gradient, not to be written to; that of cross_entropy still lacks -1 at the label."""
+    if loss.kind == "cross_entropy":
+        q = student.at(loss.temperature)
+        return -q.log_p_at(index), q.p
+    assert teacher is not None
+    if loss.kind == "logits_mse":
+        return logits_mse(student.z, teacher.z)
+    extra = () if loss.parameter is None else (loss.parameter,)
+    return DIVERGENCES[loss.kind](student.at(loss.temperature), teacher.at(loss.temperature), *extra)
 
 
-def _metrics(
-    z: Tensor,
-    z_teacher: Tensor | None,
-    index: Tensor,
-    labelled: Tensor | None,
-    student: Distribution | None,
-    teacher: Distribution | None,
-) -> Tensor:
-    log_q = torch.log_softmax(z, dim=1) if student is None else student.log_p
-    nothing = torch.zeros(z.shape[0], device=z.device)
-    rows = [-log_q.gather(1, index).squeeze(1), nothing, nothing, nothing]
-    if z_teacher is not None:
-        p, log_p = softmax(z_teacher) if teacher is None else teacher
-        rows[1] = -log_p.gather(1, index).squeeze(1)
-        rows[2] = torch.linalg.vecdot(p, log_p - log_q)
-        peaks = z.amax(dim=1) + z_teacher.amax(dim=1)  # on a CPU an argmax costs twelve times as much
-        rows[3] = ((z + z_teacher).amax(dim=1) == peaks).float()
+def _metrics(student: _Logits, teacher: _Logits | None, index: Tensor, labelled: Tensor | None) -> Tensor:
+    nothing = torch.zeros(index.shape[0], device=index.device)
+    rows = [-student.at(1.0).log_p_at(index), nothing, nothing, nothing]
+    if teacher is not None:
+        rows[1] = -teacher.at(1.0).log_p_at(index)
+        rows[2] = forward_kl_value(student.at(1.0), teacher.at(1.0))
+        peaks = student.peak + teacher.peak  # on a CPU an argmax costs twelve times as much
+        rows[3] = ((student.z + teacher.z).amax(dim=1, keepdim=True) == peaks).squeeze(1).float()
     table = torch.stack(rows)
     return (table if labelled is None else table * labelled).sum(dim=1)

@@ -157,9 +157,10 @@ def test_chunks_bound_the_logits_that_exist(monkeypatch: pytest.MonkeyPatch) -> 
     seen: list[int] = []
     own = fused.head_logits
 
-    def watched(hidden: Tensor, head: Head, num_ids: int) -> Tensor:
+    def watched(hidden: Tensor, head: Head, num_ids: int, out: Tensor) -> Tensor:
         seen.append(hidden.shape[0])
-        return own(hidden, head, num_ids)
+        assert out.untyped_storage().nbytes() == 20 * 4 * 1000
+        return own(hidden, head, num_ids, out)
 
     monkeypatch.setattr(fused, "head_logits", watched)
     ours(make_case(SEVERAL, rows=90))
