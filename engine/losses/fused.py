@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine.losses.divergence import DIVERGENCES, Distribution, forward_kl_value, logits_mse, softmax
+from engine.losses.divergence import DIVERGENCES, Distribution, New, forward_kl_value, logits_mse, softmax
 from engine.losses.head import head_logits
+from engine.losses.scratch import Scratch
 from engine.schema import IGNORE, DenseTargets, Head
 
 METRICS = ("student_nll", "teacher_nll", "kl_temperature_1", "agreement")
@@ -25,7 +26,7 @@ METRICS = ("student_nll", "teacher_nll", "kl_temperature_1", "agreement")
 CHUNK_BYTES = {"cpu": 96 << 20, "cuda": 256 << 20}
 """Size of one chunk of fp32 logits: large enough for a full-speed GEMM, small against dW."""
 BLOCK_BYTES = {"cpu": 1 << 20, "cuda": 1 << 40}
-"""Elementwise work goes in blocks of rows that stay in a core's cache; a GPU takes the chunk whole."""
+"""Elementwise work goes in blocks of rows, so many a thread, that stay in the caches; a GPU takes the chunk whole."""
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,9 @@ class _FusedHead(torch.autograd.Function):
         shape = (chunk_rows, num_ids)
         student_buffer = torch.empty(shape, device=device)
         teacher_buffer = torch.empty(shape, device=device) if inputs.targets else None
+        num_threads = torch.get_num_threads() if device.type == "cpu" else 1
+        block_rows = num_threads * max(1, BLOCK_BYTES[device.type] // row_bytes)
+        scratch = Scratch(min(chunk_rows, block_rows), num_ids, device)
         for start in range(0, num_rows, max(1, chunk_rows)):
             rows = slice(start, start + chunk_rows)
             h = hidden[rows]
@@ -100,7 +104,7 @@ class _FusedHead(torch.autograd.Function):
             if inputs.targets is not None and teacher_buffer is not None:
                 states = inputs.targets.hidden[rows]
                 teacher = head_logits(states, inputs.targets.head, num_ids, out=teacher_buffer[: h.shape[0]])
-            _logits_to_gradient(logits, teacher, inputs.labels[rows], head, inputs, raw, metrics)
+            _logits_to_gradient(logits, teacher, inputs.labels[rows], head, inputs, raw, metrics, scratch)
             if d_hidden is None:
                 continue
             if d_bias is not None:
@@ -152,13 +156,14 @@ def _logits_to_gradient(
     inputs: FusedInputs,
     raw: Tensor,
     metrics: Tensor,
+    scratch: Scratch,
 ) -> None:
     """Replace ``logits`` by the gradient of the weighted sum, add to ``raw`` and ``metrics``. All are overwritten."""
-    block_rows = max(1, BLOCK_BYTES[logits.device.type] // (4 * logits.shape[1]))
-    for start in range(0, logits.shape[0], block_rows):
-        rows = slice(start, start + block_rows)
-        z = logits[rows]
-        gradient = _block_gradient(z, None if teacher is None else teacher[rows], labels[rows], inputs, raw, metrics)
+    for start in range(0, logits.shape[0], scratch.max_rows):
+        rows = slice(start, start + scratch.max_rows)
+        z, z_teacher = logits[rows], None if teacher is None else teacher[rows]
+        scratch.begin(z.shape[0])
+        gradient = _block_gradient(z, z_teacher, labels[rows], inputs, raw, metrics, scratch.new)
         if not inputs.with_gradient:
             continue
         if head.softcap is not None:
@@ -171,8 +176,8 @@ def _logits_to_gradient(
 class _Logits:
     """One model's logits of a block, [C, V], and its distributions, each formed once."""
 
-    def __init__(self, z: Tensor) -> None:
-        self.z = z
+    def __init__(self, z: Tensor, new: New) -> None:
+        self.z, self._new = z, new
         self._at: dict[float, Distribution] = {}
 
     @cached_property
@@ -181,23 +186,24 @@ class _Logits:
 
     def at(self, temperature: float) -> Distribution:
         if temperature not in self._at:
-            one = temperature == 1.0
-            scaled, peak = (self.z, self.peak) if one else (self.z / temperature, self.peak / temperature)
-            self._at[temperature] = softmax(scaled, peak)
+            scaled, peak = self.z, self.peak
+            if temperature != 1.0:
+                scaled, peak = torch.div(self.z, temperature, out=self._new()), self.peak / temperature
+            self._at[temperature] = softmax(scaled, peak, self._new)
         return self._at[temperature]
 
 
 def _block_gradient(
-    z: Tensor, z_teacher: Tensor | None, labels: Tensor, inputs: FusedInputs, raw: Tensor, metrics: Tensor
+    z: Tensor, z_teacher: Tensor | None, labels: Tensor, inputs: FusedInputs, raw: Tensor, metrics: Tensor, new: New
 ) -> Tensor:
     """Gradient of the weighted terms with respect to the student's final logits, [C, V]."""
     labelled = None if inputs.all_labelled else (labels != IGNORE)
     index = (labels if labelled is None else labels.clamp_min(0)).unsqueeze(1)
-    student, teacher = _Logits(z), None if z_teacher is None else _Logits(z_teacher)
+    student, teacher = _Logits(z, new), None if z_teacher is None else _Logits(z_teacher, new)
     total: Tensor | None = None
     for number, loss in enumerate(inputs.losses):
         t = loss.temperature
-        value, gradient = _term(loss, student, teacher, index)
+        value, gradient = _term(loss, student, teacher, index, new)
         mask = labelled if loss.labelled_only else None
         raw[number] += (value if mask is None else value * mask).sum() * (t * t)
         if not inputs.with_gradient:
@@ -205,38 +211,40 @@ def _block_gradient(
         factor = loss.coefficient * t  # d(T^2 f(z/T))/dz = T f'(z/T)
         weight = factor if mask is None else mask.unsqueeze(1) * factor
         if total is None:
-            total = gradient * weight
+            total = torch.mul(gradient, weight, out=new())
         elif isinstance(weight, float):
             total.add_(gradient, alpha=weight)
         else:
             total.addcmul_(gradient, weight)
         if loss.kind == "cross_entropy":
-            at_label = total.new_full(index.shape, -factor) if mask is None else -weight
+            at_label = -weight if isinstance(weight, Tensor) else total.new_full(index.shape, -weight)
             total.scatter_add_(1, index, at_label)
     if inputs.with_metrics:
-        metrics += _metrics(student, teacher, index, labelled)
+        metrics += _metrics(student, teacher, index, labelled, new)
     return z if total is None else total
 
 
-def _term(loss: LogitLoss, student: _Logits, teacher: _Logits | None, index: Tensor) -> tuple[Tensor, Tensor]:
+def _term(loss: LogitLoss, student: _Logits, teacher: _Logits | None, index: Tensor, new: New) -> tuple[Tensor, Tensor]:
     """Value of each row, and the gradient, not to be written to; that of cross_entropy still lacks -1 at the label."""
     if loss.kind == "cross_entropy":
         q = student.at(loss.temperature)
         return -q.log_p_at(index), q.p
     assert teacher is not None
     if loss.kind == "logits_mse":
-        return logits_mse(student.z, teacher.z)
+        return logits_mse(student.z, teacher.z, new)
     extra = () if loss.parameter is None else (loss.parameter,)
     return DIVERGENCES[loss.kind](student.at(loss.temperature), teacher.at(loss.temperature), *extra)
 
 
-def _metrics(student: _Logits, teacher: _Logits | None, index: Tensor, labelled: Tensor | None) -> Tensor:
+def _metrics(student: _Logits, teacher: _Logits | None, index: Tensor, labelled: Tensor | None, new: New) -> Tensor:
     nothing = torch.zeros(index.shape[0], device=index.device)
     rows = [-student.at(1.0).log_p_at(index), nothing, nothing, nothing]
     if teacher is not None:
+        both = new()
         rows[1] = -teacher.at(1.0).log_p_at(index)
-        rows[2] = forward_kl_value(student.at(1.0), teacher.at(1.0))
+        rows[2] = forward_kl_value(student.at(1.0), teacher.at(1.0), both)
         peaks = student.peak + teacher.peak  # on a CPU an argmax costs twelve times as much
-        rows[3] = ((student.z + teacher.z).amax(dim=1, keepdim=True) == peaks).squeeze(1).float()
+        torch.add(student.z, teacher.z, out=both)
+        rows[3] = (both.amax(dim=1, keepdim=True) == peaks).squeeze(1).float()
     table = torch.stack(rows)
     return (table if labelled is None else table * labelled).sum(dim=1)
