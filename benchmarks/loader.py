@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 import numpy as np
 import webdataset
-from measuring import write_json
+from measuring import leave_nothing_behind, write_json
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
@@ -52,6 +52,7 @@ class Figures(NamedTuple):
 
 def main() -> None:
     arguments = parse_arguments()
+    leave_nothing_behind()
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
         manifest = write_shards(Path(folder), arguments)
         throughput = measure_throughput(manifest, arguments)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import platform
@@ -100,24 +101,42 @@ def available_bytes() -> int:
 
 
 def leave_nothing_behind() -> None:
-    """SIGTERM ends this process as Ctrl-C does: through its ``finally`` and ``with``, which end what it started."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))
+    """A signal ends this process as Ctrl-C does: through its ``finally`` and ``with``, which end what it started."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda *_: sys.exit("stopped"))
 
 
 def in_child(script: str, case: Mapping[str, Any], environment: Mapping[str, str] | None = None) -> dict[str, Any]:
-    """Run ``script --case JSON`` in a fresh process and give what it passed to ``give_result``."""
-    child = subprocess.run(
+    """Run ``script --case JSON`` in a fresh process and give what it passed to ``give_result``.
+
+    The child and whatever it starts are ended with this process, in whichever way that ends.
+    """
+    child = subprocess.Popen(
         [sys.executable, script, "--case", json.dumps(case)],
         env={**os.environ, **(environment or {})},
         cwd=ROOT,
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        check=False,
+        start_new_session=True,
+        preexec_fn=_die_with_parent,
     )
-    found = [line for line in child.stdout.splitlines() if line.startswith(RESULT)]
+    try:
+        told, errors = child.communicate()
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(child.pid, signal.SIGKILL)
+        child.wait()
+    found = [line for line in told.splitlines() if line.startswith(RESULT)]
     if child.returncode != 0 or not found:
-        raise SystemExit(f"{case} ended with {child.returncode}:\n{child.stdout[-2000:]}\n{child.stderr[-4000:]}")
+        raise SystemExit(f"{case} ended with {child.returncode}:\n{told[-2000:]}\n{errors[-4000:]}")
     return json.loads(found[-1].removeprefix(RESULT))
+
+
+def _die_with_parent() -> None:
+    """Linux: SIGKILL for this process when the one that started it is gone, even by a SIGKILL of its own."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 def give_result(figures: Mapping[str, Any]) -> None:

@@ -13,7 +13,6 @@ from engine.config.run import RunConfig
 from engine.dist import Control, StopSignal, leave_group, read_ranks
 from engine.errors import StillhouseError
 from engine.finish import finish_run
-from engine.host import keep_freed_memory
 from engine.log import Progress, setup
 from engine.parts import Parts, Place, build_parts
 from engine.tracking import Status
@@ -45,8 +44,6 @@ class Distiller:
         """Train to the end, or to a signal. Returns whether the end was reached; the report is written either way."""
         ranks = read_ranks()
         device = init_distributed(COLLECTIVE_TIMEOUT_SECONDS)
-        if device.type == "cpu":
-            keep_freed_memory()
         place = Place(ranks, Control(ranks), device)
         setup(ranks.rank)
         with StopSignal() as stop:

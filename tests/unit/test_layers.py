@@ -14,7 +14,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 ROWS = """
-errors schema state dist host schedule
+errors schema state dist schedule
 log config
 data losses tracking models meter cost
 tasks teacher student memory
