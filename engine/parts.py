@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +22,8 @@ from engine.student.build import BuiltStudent, build_student
 from engine.tasks.packing_trial import check_packing, toy_inputs
 from engine.tasks.task import Task, build_task
 from engine.tasks.tokenizer import compare_tokenizers, load_tokenizer, vocab_size
+
+log = logging.getLogger("stillhouse")
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,17 @@ def build_parts(config: RunConfig, place: Place) -> Parts:
         deepspeed_json=content,
         deepspeed_name=name,
     )
+    log.info(
+        "%s: %s steps of %s x %s tokens on %d %s; ZeRO-%d, %s",
+        config.run.name,
+        f"{run.num_steps:,}",
+        f"{run.batch.global_sequences:,}",
+        f"{manifest.sequence_tokens:,}",
+        place.ranks.world_size,
+        "rank" if place.ranks.world_size == 1 else "ranks",
+        run.zero_stage,
+        run.precision,
+    )
     tokenizer = _tokenizer(config)
     task = build_task(config.task, tokenizer, manifest, shards.token_counts())
     teacher = None
@@ -83,6 +97,7 @@ def build_parts(config: RunConfig, place: Place) -> Parts:
     for model, role in ((student.model, "student"), (teacher, "teacher")):
         if model is not None:
             _check_model(model, task, role, vocab_size(tokenizer), manifest.sequence_tokens)
+            log.info("%s: %s, %s parameters", role, type(model).__name__, f"{model.num_parameters():,}")
     if teacher is not None:
         teacher = move(cast(teacher, DTYPES[run.teacher_precision]), place.device)
     return Parts(run, shards, tokenizer, task, student, teacher)

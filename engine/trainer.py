@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -29,7 +30,7 @@ log = logging.getLogger("stillhouse")
 
 
 class Steps(Protocol):
-    def steps(self, start_step: int) -> Iterator[StepBatches]: ...
+    def steps(self, start_step: int) -> Generator[StepBatches, None, None]: ...
 
 
 @dataclass
@@ -69,29 +70,29 @@ class Trainer:
         for a failed save: on all ranks, with the same text.
         """
         config, last = self.run.config, self.run.num_steps
-        batches = self.loader.steps(self.state.step)
         self.records.begin(self.state)
-        while self.state.step < last:
-            with self.timer.phase("data", on_device=False):
-                fetched = self._fetch(batches)
-            context, stop = self._agree(fetched)
-            assert isinstance(fetched, StepBatches)
-            self._step(fetched, context)
-            self.state.step += 1
-            step = self.state.step
-            if context.with_metrics:
-                self._record(fetched.epoch)
-            if self.evaluator and config.evaluation.every_steps and step % config.evaluation.every_steps == 0:
-                self._evaluate()
-            if stop or step == last or step % config.checkpoint.every_steps == 0:
-                self._save()
-            if stop:
-                log.info("stopping at step %d: %s was received; run the same command to resume", step, stop)
-                break
+        with closing(self.loader.steps(self.state.step)) as batches:
+            while self.state.step < last:
+                with self.timer.phase("data", on_device=False):
+                    fetched = self._fetch(batches)
+                context, stop = self._agree(fetched)
+                assert isinstance(fetched, StepBatches)
+                self._step(fetched, context)
+                self.state.step += 1
+                step = self.state.step
+                if context.with_metrics:
+                    self._record(fetched.epoch)
+                if self.evaluator and config.evaluation.every_steps and step % config.evaluation.every_steps == 0:
+                    self._evaluate()
+                if stop or step == last or step % config.checkpoint.every_steps == 0:
+                    self._save()
+                if stop:
+                    log.info("stopping at step %d: %s was received; run the same command to resume", step, stop)
+                    break
         self.store.finish_writing()
         return self.state.step >= last
 
-    def _fetch(self, batches: Iterator[StepBatches]) -> StepBatches | StillhouseError:
+    def _fetch(self, batches: Generator[StepBatches, None, None]) -> StepBatches | StillhouseError:
         """An error of this rank is carried to the agreement, where no rank is left waiting."""
         try:
             return next(batches)
