@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import numpy as np
 
-_PADDING = bytes(7)
-"""so that eight bytes can be read at the last one"""
+MAX_BOUND = 1 << 33
+"""Low parts are at most 33 bits: what two aligned words of four bytes hold from any bit of the first on."""
 
 
 def encode(values: np.ndarray, lengths: np.ndarray, bounds: np.ndarray) -> bytes:
@@ -22,8 +22,9 @@ def encode(values: np.ndarray, lengths: np.ndarray, bounds: np.ndarray) -> bytes
     Args:
         values: [sum(lengths)] int64, each list's below its bound.
         lengths: [S] int64, of each list.
-        bounds: [S] int64.
+        bounds: [S] int64, at most MAX_BOUND.
     """
+    assert len(bounds) == 0 or bounds.max() <= MAX_BOUND
     which = np.repeat(np.arange(len(lengths)), lengths)
     low_bits = _low_bits(lengths, bounds)
     starts = np.cumsum(lengths) - lengths
@@ -50,25 +51,36 @@ def decode(content: bytes, lengths: np.ndarray, bounds: np.ndarray) -> tuple[np.
     Raises ValueError when ``content`` does not hold them.
     """
     total = int(lengths.sum())
+    if total == 0:
+        return np.empty(0, np.int64), 0
     low_bits = _low_bits(lengths, bounds)
     num_low_bytes = int((lengths * low_bits).sum() + 7) // 8
     unary = np.unpackbits(np.frombuffer(content, np.uint8, max(0, len(content) - num_low_bytes)), bitorder="little")
-    ones = np.flatnonzero(unary)[:total]
+    ones = np.flatnonzero(unary.view(bool))[:total]
     if len(ones) < total:
         raise ValueError(f"holds {len(ones)} of {total} numbers")
-    num_high_bytes = int(ones[-1]) // 8 + 1 if total else 0
-    ends = np.cumsum(lengths)
-    starts = ends - lengths
-    before = np.where(starts > 0, ones[np.maximum(starts - 1, 0)] + 1, 0) if total else starts
-    low_start = np.cumsum(lengths * low_bits) - lengths * low_bits
+    num_high_bytes = int(ones[-1]) // 8 + 1
+    starts = np.cumsum(lengths) - lengths
+    before = np.where(starts > 0, ones[np.maximum(starts - 1, 0)] + 1, 0)
+    low_start = np.cumsum(lengths * low_bits) - lengths * low_bits + 8 * num_high_bytes
     shift = np.repeat(low_bits, lengths)
     index = np.arange(total)
-    high = ones - index + np.repeat(starts - before, lengths)
-    at = index * shift + np.repeat(low_start - starts * low_bits + 8 * num_high_bytes, lengths)
-    words = np.ndarray(len(content), "<u8", content + _PADDING, strides=(1,))
-    low = words[np.minimum(at >> 3, len(content) - 1)] >> (at & 7).astype(np.uint64) if total else index
-    mask = (np.int64(1) << shift) - 1
-    return (high << shift) | (low.astype(np.int64) & mask), num_high_bytes + num_low_bytes
+    high = ones - index
+    high += np.repeat(starts - before, lengths)
+    at = index * shift
+    at += np.repeat(low_start - starts * low_bits, lengths)
+    low = _words_at(content, at).astype(np.int64)
+    low &= np.repeat((1 << low_bits) - 1, lengths)
+    high <<= shift
+    high |= low
+    return high, num_high_bytes + num_low_bytes
+
+
+def _words_at(content: bytes, at: np.ndarray) -> np.ndarray:
+    """[K] uint64: at least 33 bits of ``content`` from each bit on. NumPy gathers unaligned words slowly."""
+    words = np.frombuffer(content + bytes(8 + -len(content) % 4), "<u4").astype(np.uint64)
+    words[:-1] |= words[1:] << np.uint64(32)
+    return words[at >> 5] >> (at & 31).astype(np.uint64)
 
 
 def _low_bits(lengths: np.ndarray, bounds: np.ndarray) -> np.ndarray:

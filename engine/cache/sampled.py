@@ -27,14 +27,15 @@ _TOP, _MANY, _ONE = range(3)
 
 @dataclass(frozen=True)
 class Draws:
-    """Ids drawn at P positions, in the order of the positions; K in all, a position's counts sum to the draws."""
+    """What was drawn at P positions: K different pairs of a position and an id."""
 
-    num_ids: np.ndarray
-    """[P] int64, different ids of each position"""
+    num_positions: int
+    positions: np.ndarray
+    """[K] int64, in no order"""
     ids: np.ndarray
     """[K] int64"""
     counts: np.ndarray
-    """[K] int64"""
+    """[K] int64; they sum to the number of draws at each position"""
 
 
 def draw_systematically(p: Tensor, offsets: Tensor, num_draws: int) -> Draws:
@@ -56,7 +57,8 @@ def _counted(drawn: Tensor) -> Draws:
     is_first[:, 1:] = drawn[:, 1:] != drawn[:, :-1]
     first = is_first.flatten().nonzero().squeeze(1)
     counts = torch.diff(first, append=first.new_tensor([drawn.numel()]))
-    return Draws(is_first.sum(dim=1).cpu().numpy(), drawn.flatten()[first].cpu().numpy(), counts.cpu().numpy())
+    positions, ids = first // drawn.shape[1], drawn.flatten()[first]
+    return Draws(drawn.shape[0], positions.cpu().numpy(), ids.cpu().numpy(), counts.cpu().numpy())
 
 
 class SampledCodec:
@@ -78,13 +80,12 @@ class SampledCodec:
 
     def encode(self, draws: Draws) -> bytes:
         """The record of one sample."""
-        num_positions = len(draws.num_ids)
-        position = np.repeat(np.arange(num_positions), draws.num_ids)
+        num_positions, position = draws.num_positions, draws.positions
         rank = self._rank_of_id[draws.ids]
         range_of = np.searchsorted(self._starts, rank, side="right") - 1
         role = np.where(draws.counts > 1, _MANY, _ONE)
         by_count = np.lexsort((rank, -draws.counts, position))
-        role[by_count[np.cumsum(draws.num_ids) - draws.num_ids]] = _TOP
+        role[by_count[np.diff(position[by_count], prepend=-1) > 0]] = _TOP
         list_of = role * self._num_ranges + range_of
         value = (position << self._widths[list_of]) | (rank - self._starts[range_of])
         order = np.lexsort((value, list_of))
@@ -101,7 +102,7 @@ class SampledCodec:
         )
 
     def decode(self, record: bytes) -> Draws:
-        """Ids of a position come in no order. Raises ValueError when the record is damaged."""
+        """Raises ValueError when the record is cut short."""
         (num_positions, *numbers), start = _read_varints(record, len(self._widths) + 2)
         lengths, bound = np.array(numbers[:-1]), np.array(numbers[-1:])
         value, num_bytes = elias_fano.decode(record[start:], lengths, num_positions << self._widths)
@@ -109,13 +110,13 @@ class SampledCodec:
         more, _ = elias_fano.decode(record[start + num_bytes :], np.array([num_many]), bound)
         width = np.repeat(self._widths, lengths)
         position = value >> width
-        rank = (value & ((np.int64(1) << width) - 1)) + np.repeat(np.tile(self._starts, 3), lengths)
+        value &= np.repeat((1 << self._widths) - 1, lengths)
+        value += np.repeat(np.tile(self._starts, 3), lengths)
         counts = np.ones(len(value), np.int64)
         counts[num_top : num_top + num_many] = np.diff(more, prepend=0) + 2
-        others = np.bincount(position[num_top:], counts[num_top:], num_positions).astype(np.int64)
+        others = np.bincount(position[num_top:], counts[num_top:], num_positions)
         counts[:num_top] = self.num_draws - others[position[:num_top]]
-        order = np.argsort(position.astype(np.uint16 if num_positions < 1 << 16 else np.uint32), kind="stable")
-        return Draws(np.bincount(position, minlength=num_positions), self._id_of_rank[rank[order]], counts[order])
+        return Draws(num_positions, position, self._id_of_rank[value], counts)
 
 
 def _varints(numbers: list[int]) -> bytes:

@@ -19,8 +19,8 @@ def probabilities(num_rows: int, spread: float = 2.0, ids: int = IDS) -> Tensor:
 
 
 def dense_counts(draws: Draws, ids: int = IDS) -> np.ndarray:
-    table = np.zeros((len(draws.num_ids), ids), np.int64)
-    table[np.repeat(np.arange(len(table)), draws.num_ids), draws.ids] = draws.counts
+    table = np.zeros((draws.num_positions, ids), np.int64)
+    table[draws.positions, draws.ids] = draws.counts
     return table
 
 
@@ -55,14 +55,13 @@ def test_a_record_gives_back_its_draws(num_rows: int, num_draws: int, spread: fl
     draws = draw_systematically(probabilities(num_rows, spread), torch.rand(num_rows), num_draws)
     codec = SampledCodec(ranking(), num_draws)
     read = codec.decode(codec.encode(draws))
-    assert np.array_equal(read.num_ids, draws.num_ids)
+    assert len(read.ids) == len(draws.ids)
     assert np.array_equal(dense_counts(read), dense_counts(draws))
 
 
 def test_ids_past_2_to_the_18th() -> None:
     ids = (1 << 18) + 1000
-    num_ids = np.array([3, 1])
-    draws = Draws(num_ids, np.array([0, 1 << 17, ids - 1, ids - 2]), np.array([5, 1, 2, 8]))
+    draws = Draws(2, np.array([0, 0, 0, 1]), np.array([0, 1 << 17, ids - 1, ids - 2]), np.array([5, 1, 2, 8]))
     codec = SampledCodec(np.arange(ids), 8)
     read = codec.decode(codec.encode(draws))
     assert np.array_equal(dense_counts(read, ids), dense_counts(draws, ids))
@@ -81,7 +80,7 @@ def test_lists_of_any_length_and_bound() -> None:
     chance = np.random.default_rng(0)
     for number in range(60):
         lengths = chance.integers(0, 60, number % 9)
-        bounds = chance.integers(1, 1 << int(chance.integers(1, 40)), len(lengths))
+        bounds = chance.integers(1, 1 << int(chance.integers(1, 34)), len(lengths))
         lists = [np.sort(chance.integers(0, bound, length)) for bound, length in zip(bounds, lengths)]
         values = np.concatenate([np.empty(0, np.int64), *lists])
         content = elias_fano.encode(values, lengths, bounds)
