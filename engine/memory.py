@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from engine.config.resolve import ResolvedRun
 from engine.config.run import RunConfig
-from engine.config.terms import LogitTerm, Ramp
+from engine.config.terms import AnyTerm, LogitTerm, Ramp
 from engine.losses.fused import CHUNK_BYTES
 
 if TYPE_CHECKING:
@@ -164,20 +164,28 @@ def _fused_attention() -> Iterator[None]:
         functional.scaled_dot_product_attention = own
 
 
+def logit_arrays(terms: Sequence[AnyTerm], kind: str) -> int:
+    """[C, V] fp32 arrays alive at once, counted on the real loss with its metrics, which are at temperature 1.
+
+    On a CPU the temporaries go in blocks that do not count beside the logits themselves.
+    """
+    compared = [term for term in terms if isinstance(term, LogitTerm)]
+    if kind == "cpu":
+        return 3 if compared else 2
+    if not compared:
+        return 3
+    temperatures = {str(t.temperature) if isinstance(t.temperature, Ramp) else t.temperature for t in compared}
+    logarithms = any(term.kind in ("reverse_kl", "js", "skew_kl") for term in compared)
+    return 8 + 4 * len(temperatures - {1.0}) + 2 * logarithms
+
+
 def head_loss_bytes(
     config: RunConfig, *, num_rows: int, head: Tensor, teacher_width: int | None, precision: str, kind: str
 ) -> int:
-    """The fused loss at its peak: the fp32 gradient of the head [V, H], gradients and states of N rows, and one chunk.
-
-    The number of [C, V] fp32 arrays alive in a chunk was counted on the real loss: 4 for labels alone, 8 with a
-    teacher, 3 more for Jensen-Shannon, 5 more for each further temperature.
-    """
+    """The fused loss at its peak: the fp32 gradient of the head [V, H], gradients and states of N rows, a chunk."""
     vocab_size, width = head.shape
     size = VALUE_BYTES[precision]
-    terms = [term for term in config.losses if isinstance(term, LogitTerm)]
-    temperatures = {str(term.temperature) if isinstance(term.temperature, Ramp) else term.temperature for term in terms}
-    arrays = 4 + (4 if terms else 0) + 5 * max(0, len(temperatures) - 1)
-    arrays += 3 * any(term.kind == "js" for term in terms)
+    arrays = logit_arrays(config.losses, kind)
     chunk_rows = min(num_rows, max(16, CHUNK_BYTES[kind] // (4 * vocab_size)))
     states = num_rows * (2 * width + (teacher_width or 0)) * size
     return (4 + size) * vocab_size * width + states + arrays * 4 * chunk_rows * vocab_size
