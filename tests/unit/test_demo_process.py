@@ -77,7 +77,11 @@ def test_an_interrupt_waits_for_the_checkpoint_and_leaves_nothing_running(tmp_pa
 
     stop = threading.Event()
     watcher = threading.Thread(target=interrupt_once_ready, daemon=True)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs begin with it ignored
     watcher.start()
-    with pytest.raises(KeyboardInterrupt):
-        run_shown(python(STOPPED), log, os.environ, tmp_path)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            run_shown(python(STOPPED), log, os.environ, tmp_path)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert log.read_text().splitlines() == ["ready", "checkpoint written"]
