@@ -48,11 +48,11 @@ def draw_systematically(p: Tensor, offsets: Tensor, num_draws: int) -> Draws:
     cumulative = p.cumsum(dim=1)
     strides = torch.arange(num_draws, device=p.device, dtype=p.dtype)
     points = (offsets.to(p).unsqueeze(1) + strides) * (cumulative[:, -1:] / num_draws)
-    return _counted(torch.searchsorted(cumulative, points, right=True).clamp_(max=p.shape[1] - 1))
+    return counted(torch.searchsorted(cumulative, points, right=True).clamp_(max=p.shape[1] - 1))
 
 
-def _counted(drawn: Tensor) -> Draws:
-    """[P, num_draws] ids, sorted in each row -> each id once, with its count."""
+def counted(drawn: Tensor) -> Draws:
+    """[P, num_draws] drawn ids, sorted in each row -> each id once, with its count."""
     is_first = torch.ones_like(drawn, dtype=torch.bool)
     is_first[:, 1:] = drawn[:, 1:] != drawn[:, :-1]
     first = is_first.flatten().nonzero().squeeze(1)
