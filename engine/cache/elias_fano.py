@@ -1,14 +1,17 @@
-"""Elias-Fano codes of several sorted lists in one string of bytes, decoded all at once by NumPy.
+"""Elias-Fano codes of many sorted lists, decoded all at once by NumPy.
 
 Elias, "Efficient storage and retrieval by content and address of static files", JACM 1974; Fano, 1971. A sorted list
 of n numbers below u is cut at bit l = floor(log2(u / n)): the low parts are stored as they are, l bits each, the high
 parts in unary, about 2 bits each. That is within 0.6 bits a number of the information in a random set.
 
-Bits of a byte count from the lowest. Bytes: the high bits of all lists, one after another, padded to a byte; then the
-low bits likewise. How many numbers each list holds, and their bounds, must be known to the reader.
+Bits of a byte count from the lowest. A code is two strings, the high and the low bits of its lists one after another,
+each padded to a byte. How many numbers each list holds, and their bounds, must be known to the reader.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -16,7 +19,12 @@ MAX_BOUND = 1 << 33
 """Low parts are at most 33 bits: what two aligned words of four bytes hold from any bit of the first on."""
 
 
-def encode(values: np.ndarray, lengths: np.ndarray, bounds: np.ndarray) -> bytes:
+class Code(NamedTuple):
+    high: bytes
+    low: bytes
+
+
+def encode(values: np.ndarray, lengths: np.ndarray, bounds: np.ndarray) -> Code:
     """The lists one after another, sorted each.
 
     Args:
@@ -25,69 +33,85 @@ def encode(values: np.ndarray, lengths: np.ndarray, bounds: np.ndarray) -> bytes
         bounds: [S] int64, at most MAX_BOUND.
     """
     assert len(bounds) == 0 or bounds.max() <= MAX_BOUND
-    which = np.repeat(np.arange(len(lengths)), lengths)
+    if len(values) == 0:
+        return Code(b"", b"")
     low_bits = _low_bits(lengths, bounds)
     starts = np.cumsum(lengths) - lengths
-    high = (values >> low_bits[which]) + np.arange(len(values)) - starts[which]
-    last = starts + lengths - 1
-    widths = np.where(lengths > 0, high[np.minimum(last, len(values) - 1)] + 1, 0) if len(values) else lengths
-    ones = high + (np.cumsum(widths) - widths)[which]
-    unary = np.zeros(int(widths.sum()), np.uint8)
-    unary[ones] = 1
-    parts = [np.packbits(unary, bitorder="little").tobytes()]
-    low = [
-        _bits_of(values[start : start + length], bits)
-        for start, length, bits in zip(starts, lengths, low_bits)
-        if length and bits
-    ]
-    if low:
-        parts.append(np.packbits(np.concatenate(low), bitorder="little").tobytes())
-    return b"".join(parts)
-
-
-def decode(content: bytes, lengths: np.ndarray, bounds: np.ndarray) -> tuple[np.ndarray, int]:
-    """The lists one after another, [sum(lengths)] int64, and how many bytes of ``content`` they took.
-
-    Raises ValueError when ``content`` does not hold them.
-    """
-    total = int(lengths.sum())
-    if total == 0:
-        return np.empty(0, np.int64), 0
-    low_bits = _low_bits(lengths, bounds)
-    num_low_bytes = int((lengths * low_bits).sum() + 7) // 8
-    unary = np.unpackbits(np.frombuffer(content, np.uint8, max(0, len(content) - num_low_bytes)), bitorder="little")
-    ones = np.flatnonzero(unary.view(bool))[:total]
-    if len(ones) < total:
-        raise ValueError(f"holds {len(ones)} of {total} numbers")
-    num_high_bytes = int(ones[-1]) // 8 + 1
-    starts = np.cumsum(lengths) - lengths
-    before = np.where(starts > 0, ones[np.maximum(starts - 1, 0)] + 1, 0)
-    low_start = np.cumsum(lengths * low_bits) - lengths * low_bits + 8 * num_high_bytes
     shift = np.repeat(low_bits, lengths)
-    index = np.arange(total)
-    high = ones - index
-    high += np.repeat(starts - before, lengths)
-    at = index * shift
-    at += np.repeat(low_start - starts * low_bits, lengths)
-    low = _words_at(content, at).astype(np.int64)
-    low &= np.repeat((1 << low_bits) - 1, lengths)
+    high = (values >> shift) + np.arange(len(values)) - np.repeat(starts, lengths)
+    widths = np.where(lengths > 0, high[np.maximum(starts + lengths, 1) - 1] + 1, 0)
+    unary = np.zeros(int(widths.sum()), np.uint8)
+    unary[high + np.repeat(np.cumsum(widths) - widths, lengths)] = 1
+    ends = np.cumsum(shift)
+    place = np.arange(int(ends[-1])) - np.repeat(ends - shift, shift)
+    low = (np.repeat(values, shift) >> place).astype(np.uint8) & 1
+    return Code(*(np.packbits(bits, bitorder="little").tobytes() for bits in (unary, low)))
+
+
+def num_low_bytes(lengths: np.ndarray, bounds: np.ndarray) -> int:
+    """How many bytes the low bits of these lists take."""
+    return (int((lengths * _low_bits(lengths, bounds)).sum()) + 7) // 8
+
+
+def decode(codes: Sequence[Code], lengths: np.ndarray, bounds: np.ndarray) -> np.ndarray:
+    """The lists of all codes one after another, [lengths.sum()].
+
+    Args:
+        lengths: [C, S] int64: each code has S lists.
+        bounds: [C, S] int64.
+
+    Raises ValueError when the codes do not hold them.
+    """
+    lists, of_code = lengths.ravel(), lengths.sum(axis=1)
+    total = int(of_code.sum())
+    if total == 0:
+        return np.empty(0, np.int64)
+    wide = np.int64 if max(int(bounds.max()), 8 * sum(len(code.low) for code in codes)) >= 1 << 31 else np.int32
+    unary = np.unpackbits(np.frombuffer(b"".join(code.high for code in codes), np.uint8), bitorder="little")
+    ones = np.flatnonzero(unary.view(bool))
+    if len(ones) != total:
+        raise ValueError(f"holds {len(ones)} of {total} numbers")
+    high_start, low_start = (8 * _starts([len(code[part]) for code in codes]) for part in (0, 1))
+    starts = _starts(lists)
+    # a list begins after the last one of the list before it, or where its code begins
+    before = np.where(starts > 0, ones[starts - 1] + 1, 0)
+    is_first = (starts.reshape(lengths.shape) == _starts(of_code)[:, None]).ravel()
+    before[is_first] = np.repeat(high_start, lengths.shape[1])[is_first]
+    low_bits = _low_bits(lists, bounds.ravel())
+    taken = (lists * low_bits).reshape(lengths.shape)
+    at_list = low_start[:, None] + np.cumsum(taken, axis=1) - taken
+    shift = np.repeat(low_bits.astype(wide), lists)
+    index = np.arange(total, dtype=wide)
+    high = ones.astype(wide)
+    high -= index
+    high += np.repeat((starts - before).astype(wide), lists)
     high <<= shift
-    high |= low
-    return high, num_high_bytes + num_low_bytes
+    at = index
+    at *= shift
+    at += np.repeat((at_list.ravel() - starts * low_bits).astype(wide), lists)
+    high |= _bits_at(b"".join(code.low for code in codes), at, shift, int(low_bits.max()))
+    return high
 
 
-def _words_at(content: bytes, at: np.ndarray) -> np.ndarray:
-    """[K] uint64: at least 33 bits of ``content`` from each bit on. NumPy gathers unaligned words slowly."""
-    words = np.frombuffer(content + bytes(8 + -len(content) % 4), "<u4").astype(np.uint64)
-    words[:-1] |= words[1:] << np.uint64(32)
-    return words[at >> 5] >> (at & 31).astype(np.uint64)
+def _bits_at(content: bytes, at: np.ndarray, count: np.ndarray, most: int) -> np.ndarray:
+    """[K] ``count`` bits, at most ``most``, of ``content`` from each bit ``at`` on."""
+    if most <= 25:  # they lie in the four bytes from the first one's on
+        octets = np.frombuffer(content + bytes(4), np.uint8).astype(np.uint32)
+        words = octets[:-3] | octets[1:-2] << np.uint32(8) | octets[2:-1] << np.uint32(16) | octets[3:] << np.uint32(24)
+        low = words[at >> 3]
+        low >>= (at & 7).astype(np.uint32)
+        low &= (np.uint32(1) << count.astype(np.uint32)) - np.uint32(1)
+        return low.view(np.int32)
+    aligned = np.frombuffer(content + bytes(8 + -len(content) % 4), "<u4").astype(np.uint64)
+    aligned[:-1] |= aligned[1:] << np.uint64(32)
+    low = aligned[at >> 5] >> (at & 31).astype(np.uint64)
+    return low.astype(np.int64) & ((np.int64(1) << count) - 1)
+
+
+def _starts(sizes: Sequence[int] | np.ndarray) -> np.ndarray:
+    return np.cumsum(sizes) - sizes
 
 
 def _low_bits(lengths: np.ndarray, bounds: np.ndarray) -> np.ndarray:
     ratio = np.maximum(bounds // np.maximum(lengths, 1), 1)
     return np.frexp(ratio.astype(np.float64))[1].astype(np.int64) - 1
-
-
-def _bits_of(values: np.ndarray, count: int) -> np.ndarray:
-    """[n * count] uint8: the lowest ``count`` bits of each value."""
-    return ((values[:, None] >> np.arange(count)) & 1).astype(np.uint8).ravel()

@@ -16,7 +16,8 @@ ROOT = Path(__file__).resolve().parents[2]
 ROWS = """
 errors schema state dist schedule
 log config
-data losses tracking models meter cost cache
+data losses tracking models meter cost
+cache
 tasks teacher student memory
 zero checkpoint export evaluation report metrics runfolder planning
 trainer parts

@@ -1,0 +1,29 @@
+"""Small whole numbers in few bytes: seven bits a byte, the lowest first; the eighth says that more follow (LEB128)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+
+def encode(numbers: Iterable[int]) -> bytes:
+    out = bytearray()
+    for number in numbers:
+        while number > 127:
+            out.append(number & 127 | 128)
+            number >>= 7
+        out.append(number)
+    return bytes(out)
+
+
+def decode(content: bytes, count: int) -> tuple[list[int], int]:
+    """``count`` numbers, and where they end. Raises ValueError when ``content`` ends before."""
+    numbers, number, shift = [], 0, 0
+    for place, byte in enumerate(content):
+        number |= (byte & 127) << shift
+        shift += 7
+        if byte < 128:
+            numbers.append(number)
+            number, shift = 0, 0
+            if len(numbers) == count:
+                return numbers, place + 1
+    raise ValueError(f"ends after {len(numbers)} of {count} numbers")
