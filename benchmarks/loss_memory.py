@@ -32,7 +32,8 @@ from measuring import (
 from torch import Tensor
 from torch.nn import functional as F
 
-from engine.losses.fused import CHUNK_BYTES, FusedInputs, LogitLoss, fused_head_loss
+from engine.losses.block import LogitLoss
+from engine.losses.fused import CHUNK_BYTES, FusedInputs, fused_head_loss
 from engine.schema import DenseTargets, Head
 
 TEMPERATURE = 2.0

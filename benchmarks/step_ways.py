@@ -18,7 +18,8 @@ from torch.nn import functional as F
 from engine.data.loader import Loader
 from engine.data.order import DataOrder
 from engine.data.shards import ShardSet
-from engine.losses.fused import FusedInputs, LogitLoss, fused_head_loss
+from engine.losses.block import LogitLoss
+from engine.losses.fused import FusedInputs, fused_head_loss
 from engine.schema import Batch, DenseTargets, Head
 from engine.tasks.causal_lm import CausalLM
 

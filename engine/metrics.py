@@ -8,7 +8,7 @@ from typing import Protocol
 
 import torch
 
-from engine.losses.fused import METRICS
+from engine.losses.block import METRICS
 from engine.losses.objective import Objective, StepContext
 from engine.state import TrainState
 

@@ -6,16 +6,36 @@ K kept ids, H student hidden, G teacher hidden, L layers, D documents packed int
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:  # parsing a config must not import torch
+    from collections.abc import Callable
+
     import numpy as np
     import torch
     from torch import Tensor
 
 IGNORE = -100
 """Label of a position that has none."""
+
+Part = TypeVar("Part")
+
+
+def map_tensors(part: Part, change: Callable[[Tensor], Tensor]) -> Part:
+    """A dataclass of this module with ``change`` done to each of its tensors, also to those of parts inside it."""
+    import torch
+
+    def changed(value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            return change(value)
+        if is_dataclass(value):
+            return map_tensors(value, change)
+        if isinstance(value, tuple):
+            return tuple(changed(each) for each in value)
+        return value
+
+    return replace(part, **{field.name: changed(getattr(part, field.name)) for field in fields(part)})  # type: ignore[type-var, arg-type]
 
 
 @dataclass(frozen=True)
@@ -55,6 +75,8 @@ class Batch:
     """some sequence holds several documents or padding: attention needs the segment ids"""
     names: tuple[str, ...]
     """shard/key of each sequence"""
+    cached: SparseTargets | CachedStates | None = None
+    """what a cache holds for the positions with a label"""
 
     @property
     def num_labels(self) -> int:
@@ -66,8 +88,11 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """The batch with its tensors on ``device``; from pinned memory the copy does not block."""
-        tensors = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("packed", "names")}
-        return replace(self, **{name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()})
+        return map_tensors(self, lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pinned(self) -> Batch:
+        """The batch with its tensors in pinned memory."""
+        return map_tensors(self, lambda tensor: tensor.pin_memory())
 
 
 @dataclass(frozen=True)
@@ -105,4 +130,37 @@ class DenseTargets:
     """[B, T, G] for the embeddings (0) and each layer, when a term asks for them"""
 
 
-Targets = DenseTargets
+@dataclass(frozen=True)
+class CachedStates:
+    """The teacher's states read from a cache: DenseTargets but for the head, which lies on the device already."""
+
+    hidden: Tensor
+    """[N, G]"""
+    hidden_states: tuple[Tensor, ...] = ()
+    """[B, T, G] each"""
+
+
+@dataclass(frozen=True)
+class SparseTargets:
+    """What a cache keeps of the teacher's distribution at the selected rows, at one temperature."""
+
+    ids: Tensor
+    """[N, K] int64; a row is filled up with an id of its own and weight 0"""
+    weights: Tensor
+    """[N, K] fp32"""
+    top_ids: Tensor
+    """[N] int64: the teacher's likeliest id"""
+    nll: Tensor
+    """[N] fp32: the teacher's -log p of the label, as the mean over the sample"""
+    entropy: Tensor
+    """[N] fp32: the teacher's entropy, likewise"""
+    temperature: float
+    tail: Tensor | None = None
+    """[N] fp32: mass of all other ids; None for samples, whose weights stand for all ids"""
+    handling: str | None = None
+    """what becomes of the tail: bucket, renormalise or residual_to_label"""
+    importance: bool = False
+    """the weights of a row sum to 1 only in the mean"""
+
+
+Targets = DenseTargets | SparseTargets

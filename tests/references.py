@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from engine.losses.fused import LogitLoss
+from engine.losses.block import LogitLoss
 from engine.schema import IGNORE, Head
 
 

@@ -89,7 +89,7 @@ class SampledCodec:
     def decode(self, records: Sequence[bytes]) -> Kept:
         """Raises ValueError when a record is cut short."""
         pairs = self._pairs.decode(records)
-        num_top, num_many, num_one = pairs.of_class.T
+        num_top, num_many, _ = pairs.of_class.T
         more = self._read_more(records, pairs.num_bytes, num_many)
         num_pairs = pairs.of_class.sum(axis=1)
         starts = np.cumsum(num_pairs) - num_pairs

@@ -8,7 +8,6 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
-from dataclasses import fields, replace
 from functools import partial
 from typing import NamedTuple, Protocol
 
@@ -130,7 +129,7 @@ class Loader:
         with self._turn:
             labelled = self._label(samples, [location.epoch for location in locations])
             batch = collate(samples, labelled, pad_id=manifest.pad_id, sequence_tokens=manifest.sequence_tokens)
-        return _Collated(_pinned(batch) if self._pin_memory else batch, tuple(damage))
+        return _Collated(batch.pinned() if self._pin_memory else batch, tuple(damage))
 
     def _accept(self, error: DataError, num_bad_samples: int) -> None:
         if num_bad_samples > self._max_bad_samples:
@@ -152,8 +151,3 @@ def _reader_pool(num_threads: int, pin_memory: bool) -> Iterator[ThreadPoolExecu
         yield pool
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _pinned(batch: Batch) -> Batch:
-    tensors = {f.name: getattr(batch, f.name) for f in fields(batch) if f.name not in ("packed", "names")}
-    return replace(batch, **{name: tensor.pin_memory() for name, tensor in tensors.items()})

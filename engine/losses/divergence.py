@@ -10,12 +10,26 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 Result = tuple[Tensor, Tensor]
 New = Callable[[], Tensor]
+
+
+class Slope(NamedTuple):
+    """dL/dz of each row: ``row_factor`` times ``base``, plus ``amounts`` at ``ids``."""
+
+    base: Tensor
+    """[C, V], shared: not to be written to"""
+    row_factor: Tensor | None = None
+    """[C, 1]"""
+    ids: Tensor | None = None
+    """[C, K]; one that occurs twice in a row counts twice"""
+    amounts: Tensor | None = None
+    """[C, K]"""
 
 
 class Distribution:

@@ -10,38 +10,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from engine.losses.divergence import DIVERGENCES, Distribution, New, forward_kl_value, logits_mse, softmax
+from engine.losses.block import METRICS, Block, LogitLoss, Teacher
 from engine.losses.head import head_logits
 from engine.losses.scratch import Scratch
-from engine.schema import IGNORE, DenseTargets, Head
+from engine.schema import DenseTargets, Head, SparseTargets, Targets, map_tensors
 
-METRICS = ("student_nll", "teacher_nll", "kl_temperature_1", "agreement")
-"""Sums over the labelled rows, formed only when asked for; teacher ones are 0 without targets."""
 CHUNK_BYTES = {"cpu": 96 << 20, "cuda": 256 << 20}
 """Size of one chunk of fp32 logits: large enough for a full-speed GEMM, small against dW."""
 BLOCK_BYTES = {"cpu": 1 << 20, "cuda": 1 << 40}
 """Elementwise work goes in blocks of rows, so many a thread, that stay in the caches; a GPU takes the chunk whole."""
-
-
-@dataclass(frozen=True)
-class LogitLoss:
-    """One logit term of this step."""
-
-    kind: str
-    """a name in DIVERGENCES, logits_mse or cross_entropy"""
-    coefficient: float
-    """weight times the ratio of the step's normalisers; T^2 comes on top"""
-    temperature: float = 1.0
-    parameter: float | None = None
-    """beta of js, alpha of skew_kl"""
-    labelled_only: bool = True
-    """rows without a label take no part"""
 
 
 @dataclass(frozen=True)
@@ -51,7 +33,7 @@ class FusedInputs:
     labels: Tensor
     """[N] int64, IGNORE where there is none"""
     all_labelled: bool
-    targets: DenseTargets | None
+    targets: Targets | None
     losses: Sequence[LogitLoss]
     num_ids: int
     """ids of the tokenizer; head rows past it are padding"""
@@ -92,7 +74,8 @@ class _FusedHead(torch.autograd.Function):
         # one buffer each for all chunks: on a CPU memory that is new costs a page fault for every 4 KiB
         shape = (chunk_rows, num_ids)
         student_buffer = torch.empty(shape, device=device)
-        teacher_buffer = torch.empty(shape, device=device) if inputs.targets else None
+        dense = inputs.targets if isinstance(inputs.targets, DenseTargets) else None
+        teacher_buffer = torch.empty(shape, device=device) if dense is not None else None
         num_threads = torch.get_num_threads() if device.type == "cpu" else 1
         block_rows = num_threads * max(1, BLOCK_BYTES[device.type] // row_bytes)
         scratch = Scratch(min(chunk_rows, block_rows), num_ids, device)
@@ -100,10 +83,9 @@ class _FusedHead(torch.autograd.Function):
             rows = slice(start, start + chunk_rows)
             h = hidden[rows]
             logits = head_logits(h, head, num_ids, out=student_buffer[: h.shape[0]])
-            teacher = None
-            if inputs.targets is not None and teacher_buffer is not None:
-                states = inputs.targets.hidden[rows]
-                teacher = head_logits(states, inputs.targets.head, num_ids, out=teacher_buffer[: h.shape[0]])
+            teacher = _rows(inputs.targets, rows) if isinstance(inputs.targets, SparseTargets) else None
+            if dense is not None and teacher_buffer is not None:
+                teacher = head_logits(dense.hidden[rows], dense.head, num_ids, out=teacher_buffer[: h.shape[0]])
             _logits_to_gradient(logits, teacher, inputs.labels[rows], head, inputs, raw, metrics, scratch)
             if d_hidden is None:
                 continue
@@ -148,9 +130,15 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
         total += torch.mm(a, b)
 
 
+def _rows(teacher: Teacher, rows: slice) -> Teacher:
+    if isinstance(teacher, SparseTargets):
+        return map_tensors(teacher, lambda tensor: tensor[rows])
+    return None if teacher is None else teacher[rows]
+
+
 def _logits_to_gradient(
     logits: Tensor,
-    teacher: Tensor | None,
+    teacher: Teacher,
     labels: Tensor,
     head: Head,
     inputs: FusedInputs,
@@ -161,90 +149,16 @@ def _logits_to_gradient(
     """Replace ``logits`` by the gradient of the weighted sum, add to ``raw`` and ``metrics``. All are overwritten."""
     for start in range(0, logits.shape[0], scratch.max_rows):
         rows = slice(start, start + scratch.max_rows)
-        z, z_teacher = logits[rows], None if teacher is None else teacher[rows]
+        z = logits[rows]
         scratch.begin(z.shape[0])
-        gradient = _block_gradient(z, z_teacher, labels[rows], inputs, raw, metrics, scratch.new)
-        if not inputs.with_gradient:
+        block = Block(z, _rows(teacher, rows), labels[rows], inputs.all_labelled, scratch.new)
+        gradient = block.add_terms(inputs.losses, raw, inputs.with_gradient)
+        if inputs.with_metrics:
+            metrics += block.metrics()
+        if gradient is None:
             continue
         if head.softcap is not None:
             gradient.mul_(z.div(head.softcap).square_().neg_().add_(1.0))
         if head.scale != 1.0:
             gradient.mul_(head.scale)
         z.copy_(gradient)
-
-
-class _Logits:
-    """One model's logits of a block, [C, V], and its distributions, each formed once."""
-
-    def __init__(self, z: Tensor, new: New) -> None:
-        self.z, self._new = z, new
-        self._at: dict[float, Distribution] = {}
-
-    @cached_property
-    def peak(self) -> Tensor:
-        return self.z.amax(dim=1, keepdim=True)
-
-    def at(self, temperature: float) -> Distribution:
-        if temperature not in self._at:
-            scaled, peak = self.z, self.peak
-            if temperature != 1.0:
-                scaled, peak = torch.div(self.z, temperature, out=self._new()), self.peak / temperature
-            self._at[temperature] = softmax(scaled, peak, self._new)
-        return self._at[temperature]
-
-
-def _block_gradient(
-    z: Tensor, z_teacher: Tensor | None, labels: Tensor, inputs: FusedInputs, raw: Tensor, metrics: Tensor, new: New
-) -> Tensor:
-    """Gradient of the weighted terms with respect to the student's final logits, [C, V]."""
-    labelled = None if inputs.all_labelled else (labels != IGNORE)
-    index = (labels if labelled is None else labels.clamp_min(0)).unsqueeze(1)
-    student, teacher = _Logits(z, new), None if z_teacher is None else _Logits(z_teacher, new)
-    total: Tensor | None = None
-    for number, loss in enumerate(inputs.losses):
-        t = loss.temperature
-        value, gradient = _term(loss, student, teacher, index, new)
-        mask = labelled if loss.labelled_only else None
-        raw[number] += (value if mask is None else value * mask).sum() * (t * t)
-        if not inputs.with_gradient:
-            continue
-        factor = loss.coefficient * t  # d(T^2 f(z/T))/dz = T f'(z/T)
-        weight = factor if mask is None else mask.unsqueeze(1) * factor
-        if total is None:
-            total = torch.mul(gradient, weight, out=new())
-        elif isinstance(weight, float):
-            total.add_(gradient, alpha=weight)
-        else:
-            total.addcmul_(gradient, weight)
-        if loss.kind == "cross_entropy":
-            at_label = -weight if isinstance(weight, Tensor) else total.new_full(index.shape, -weight)
-            total.scatter_add_(1, index, at_label)
-    if inputs.with_metrics:
-        metrics += _metrics(student, teacher, index, labelled, new)
-    return z if total is None else total
-
-
-def _term(loss: LogitLoss, student: _Logits, teacher: _Logits | None, index: Tensor, new: New) -> tuple[Tensor, Tensor]:
-    """Value of each row, and the gradient, not to be written to; that of cross_entropy still lacks -1 at the label."""
-    if loss.kind == "cross_entropy":
-        q = student.at(loss.temperature)
-        return -q.log_p_at(index), q.p
-    assert teacher is not None
-    if loss.kind == "logits_mse":
-        return logits_mse(student.z, teacher.z, new)
-    extra = () if loss.parameter is None else (loss.parameter,)
-    return DIVERGENCES[loss.kind](student.at(loss.temperature), teacher.at(loss.temperature), *extra)
-
-
-def _metrics(student: _Logits, teacher: _Logits | None, index: Tensor, labelled: Tensor | None, new: New) -> Tensor:
-    nothing = torch.zeros(index.shape[0], device=index.device)
-    rows = [-student.at(1.0).log_p_at(index), nothing, nothing, nothing]
-    if teacher is not None:
-        both = new()
-        rows[1] = -teacher.at(1.0).log_p_at(index)
-        rows[2] = forward_kl_value(student.at(1.0), teacher.at(1.0), both)
-        peaks = student.peak + teacher.peak  # on a CPU an argmax costs twelve times as much
-        torch.add(student.z, teacher.z, out=both)
-        rows[3] = (both.amax(dim=1, keepdim=True) == peaks).squeeze(1).float()
-    table = torch.stack(rows)
-    return (table if labelled is None else table * labelled).sum(dim=1)

@@ -14,10 +14,11 @@ from torch import Tensor, nn
 
 from engine.config.terms import AnyTerm, CrossEntropy, HiddenTerm, LogitTerm, Ramp, Scheduled
 from engine.errors import ConfigError
-from engine.losses.fused import METRICS, FusedInputs, LogitLoss, fused_head_loss
+from engine.losses.block import METRICS, LogitLoss
+from engine.losses.fused import FusedInputs, fused_head_loss
 from engine.losses.hidden import HIDDEN_LOSSES, layer_pairs, select_rows
 from engine.schedule import between
-from engine.schema import Batch, Head, Targets
+from engine.schema import Batch, DenseTargets, Head, Targets
 
 
 @dataclass(frozen=True)
@@ -139,7 +140,7 @@ class Objective(nn.Module):
         for i, pairs in self.pairs.items():
             term = self.terms[i]
             assert isinstance(term, HiddenTerm)
-            assert targets is not None
+            assert isinstance(targets, DenseTargets), "other targets are refused before the run begins"
             everywhere = term.restrict_to == "all"
             term_rows = batch.token_rows if everywhere else batch.label_rows
             value = self._hidden_value(i, term.kind, pairs, hidden_states, targets.hidden_states, term_rows)

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from engine.losses import fused
-from engine.losses.fused import FusedInputs, LogitLoss, fused_head_loss
+from engine.losses.block import LogitLoss
+from engine.losses.fused import FusedInputs, fused_head_loss
 from engine.schema import IGNORE, DenseTargets, Head
 from tests import references
 from tests.references import relative_error

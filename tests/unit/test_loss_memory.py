@@ -12,7 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from engine.config.terms import AnyTerm, CrossEntropy, LogitTerm, Ramp
 from engine.losses import fused
-from engine.losses.fused import FusedInputs, LogitLoss, fused_head_loss
+from engine.losses.block import LogitLoss
+from engine.losses.fused import FusedInputs, fused_head_loss
 from engine.losses.scratch import Scratch
 from engine.memory import logit_arrays
 from engine.schema import DenseTargets, Head
