@@ -21,6 +21,7 @@ from engine.parts import Parts, Place
 from engine.resume import load_checkpoint, open_run_folder
 from engine.state import TrainState
 from engine.student.module import StudentWithObjective
+from engine.teacher.cached import CachedTargets
 from engine.teacher.online import OnlineTeacher
 from engine.teacher.source import NoTeacher, TargetSource
 from engine.tracking import Tracker
@@ -46,7 +47,10 @@ def build_trainer(parts: Parts, place: Place, resume: str, stop: StopSignal, sho
     store = CheckpointStore(folder / "checkpoints", place.control, config.checkpoint.keep)
     checkpoint = open_run_folder(folder, store, parts, place, resume)
     source: TargetSource = NoTeacher()
-    if parts.teacher is not None and objective.needs_targets:
+    cached = None
+    if parts.cache is not None:
+        source = cached = CachedTargets(parts.cache, manifest, config.teacher.tail)
+    elif parts.teacher is not None and objective.needs_targets:
         source = OnlineTeacher(parts.teacher, parts.task.model_inputs, hidden_states=objective.needs_hidden_states)
     torch.manual_seed(config.run.seed + place.ranks.rank)  # dropout differs over the ranks
     module = StudentWithObjective(parts.student.model, objective, parts.task.model_inputs)
@@ -79,7 +83,7 @@ def build_trainer(parts: Parts, place: Place, resume: str, stop: StopSignal, sho
         engine=engine,
         objective=objective,
         source=source,
-        loader=_loader(parts, place, num_bad),
+        loader=_loader(parts, place, num_bad, cached),
         evaluator=evaluator,
         store=store,
         tracker=tracker,
@@ -92,7 +96,7 @@ def build_trainer(parts: Parts, place: Place, resume: str, stop: StopSignal, sho
     )
 
 
-def _loader(parts: Parts, place: Place, num_bad_samples: int) -> Loader:
+def _loader(parts: Parts, place: Place, num_bad_samples: int, cached: CachedTargets | None) -> Loader:
     run, data = parts.run, parts.run.config.data
     order = DataOrder(
         parts.shards.manifest.samples_per_shard,
@@ -114,6 +118,7 @@ def _loader(parts: Parts, place: Place, num_bad_samples: int) -> Loader:
         max_bad_samples=data.max_bad_samples,
         num_bad_samples=num_bad_samples,
         pin_memory=place.device.type == "cuda",
+        cached=cached,
     )
 
 

@@ -18,6 +18,10 @@ class DataError(StillhouseError):
     """A shard, an index, a manifest or an input file is missing, damaged, unsafe or of another kind."""
 
 
+class MissingError(DataError):
+    """A file that is named is not there."""
+
+
 class CacheError(StillhouseError):
     """A cache of teacher targets is missing, damaged or made for something else."""
 

@@ -16,7 +16,7 @@ from engine.config.terms import Ramp, Term
 from engine.dist import Control, Ranks
 from engine.errors import ConfigError
 from engine.export import export_student, model_card, student_from_state
-from engine.models import load_model, move
+from engine.models import DTYPES, cast, load_model, move
 from engine.parts import Parts, Place, build_parts
 from engine.report import Results, results_table, write_report
 from engine.runfolder import read_config
@@ -78,8 +78,8 @@ def score_student(
     if manifest is None:
         return None
     contenders = []
-    if parts.teacher is not None:
-        contenders.append(Contender("teacher", "teacher", parts.teacher))
+    if (teacher := _teacher(parts, device)) is not None:
+        contenders.append(Contender("teacher", "teacher", teacher))
     if control is not None:
         section = StudentSection(model=control, attention=config.student.attention)
         twin = load_model(section, parts.task.model_class_name, torch.float32, "evaluation.control")
@@ -87,6 +87,15 @@ def score_student(
     contenders.append(Contender("student", "student", move(student, device)))
     ranks = Ranks(0, 1, 0)
     return compare(contenders, parts, Place(ranks, Control(ranks), device), manifest)
+
+
+def _teacher(parts: Parts, device: torch.device) -> PreTrainedModel | None:
+    """The teacher to compare with: also after a run from a cache, if its weights are named."""
+    config = parts.run.config
+    if parts.teacher is not None or config.teacher.kind != "cached" or config.teacher.model is None:
+        return parts.teacher
+    model = load_model(config.teacher, parts.task.model_class_name, torch.float32, "teacher")
+    return move(cast(model, DTYPES[parts.run.teacher_precision]), device)
 
 
 def export_run(

@@ -11,8 +11,10 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from engine.cache.folder import CacheFolder
 from engine.config.resolve import Accelerator, DataFacts, ResolvedRun, read_deepspeed_json, resolve
 from engine.config.run import RunConfig
+from engine.data.manifest import Manifest
 from engine.data.shards import ShardSet
 from engine.dist import Control, Ranks
 from engine.errors import ConfigError
@@ -22,6 +24,8 @@ from engine.student.build import BuiltStudent, build_student
 from engine.tasks.packing_trial import check_packing, toy_inputs
 from engine.tasks.task import Task, build_task
 from engine.tasks.tokenizer import compare_tokenizers, load_tokenizer, vocab_size
+from engine.teacher.fingerprint import fingerprint_teacher
+from engine.teacher.opening import open_cache
 
 log = logging.getLogger("stillhouse")
 
@@ -45,6 +49,9 @@ class Parts:
     task: Task
     student: BuiltStudent
     teacher: PreTrainedModel | None
+    """one that is asked live"""
+    cache: CacheFolder | None = None
+    """what another was asked before"""
 
     @property
     def data_identity(self) -> dict[str, Any]:
@@ -86,24 +93,46 @@ def build_parts(config: RunConfig, place: Place) -> Parts:
         run.zero_stage,
         run.precision,
     )
-    tokenizer = _tokenizer(config)
+    tokenizer = shared_tokenizer(config)
     task = build_task(config.task, tokenizer, manifest, shards.token_counts())
+    cache = _cache(config, manifest, place) if config.teacher.kind == "cached" else None
+    asked = config.teacher.kind == "online" or config.teacher.on_missing == "ask"
     teacher = None
-    if config.teacher.kind == "online":
+    if asked or config.student.init is not None:
         teacher = load_model(config.teacher, task.model_class_name, torch.float32, "teacher")
     student = build_student(config.student, task.model_class_name, config.run.seed, teacher)
     if config.run.gradient_checkpointing:
         student.model.gradient_checkpointing_enable({"use_reentrant": False})
+    if not asked:
+        teacher = None
     for model, role in ((student.model, "student"), (teacher, "teacher")):
         if model is not None:
-            _check_model(model, task, role, vocab_size(tokenizer), manifest.sequence_tokens)
+            check_model(model, task, role, vocab_size(tokenizer), manifest.sequence_tokens)
             log.info("%s: %s, %s parameters", role, type(model).__name__, f"{model.num_parameters():,}")
     if teacher is not None:
         teacher = move(cast(teacher, DTYPES[run.teacher_precision]), place.device)
-    return Parts(run, shards, tokenizer, task, student, teacher)
+    return Parts(run, shards, tokenizer, task, student, teacher, cache)
 
 
-def _tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
+def _cache(config: RunConfig, manifest: Manifest, place: Place) -> CacheFolder:
+    """The cache, after checking it against teacher.model, if one is given: rank 0 reads the weights for all."""
+    fingerprint, problem = None, None
+    if config.teacher.model is not None:
+        if place.control.is_main:
+            try:
+                fingerprint = fingerprint_teacher(config.teacher)
+            except ConfigError as error:
+                problem = str(error)
+        fingerprint, problem = place.control.from_main((fingerprint, problem))
+        if problem is not None:
+            raise ConfigError(problem)
+    cache = open_cache(config, manifest, fingerprint)
+    codec = cache.identity.codec["kind"]
+    log.info("teacher: %s, from the cache %s (%s)", cache.identity.teacher_name, cache.address, codec)
+    return cache
+
+
+def shared_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
     """The run's tokenizer, after checking that student and teacher share it."""
     named = {"task.tokenizer": config.task.tokenizer, "teacher": config.teacher.model, "student": config.student.model}
     if not any(named.values()):
@@ -115,7 +144,8 @@ def _tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def _check_model(model: PreTrainedModel, task: Task, role: str, num_ids: int, sequence_tokens: int) -> None:
+def check_model(model: PreTrainedModel, task: Task, role: str, num_ids: int, sequence_tokens: int) -> None:
+    """Raises ConfigError for a model whose packing, head or vocabulary does not do what the task needs."""
     head = HeadTap(model)
     with head.removed():
         check_packing(model, task, sequence_tokens=sequence_tokens)

@@ -34,6 +34,16 @@ def check_run(config: RunConfig, num_steps: int) -> None:
         raise ConfigError("\n".join(found))
 
 
+def check_cache(config: RunConfig) -> None:
+    """Raises ConfigError when ``config`` does not say which cache to make of which teacher."""
+    teacher = config.teacher
+    if teacher.model is None or teacher.cache is None:
+        raise ConfigError(
+            f"to make a cache give teacher.model and teacher.cache (found model {teacher.model}, cache "
+            f"{teacher.cache}); with teacher.kind: cached the same file then trains from it"
+        )
+
+
 def _teacher(config: RunConfig) -> Iterator[str]:
     compared = [f"losses.{i} ({term.kind})" for i, term in enumerate(config.losses) if term.kind not in LABEL_TERMS]
     if config.teacher.kind == "none":
@@ -44,6 +54,8 @@ def _teacher(config: RunConfig) -> Iterator[str]:
             )
         if config.student.init is not None:
             yield f"student.init: {config.student.init} needs a teacher's weights; set teacher.kind and teacher.model"
+    elif config.student.init is not None and config.teacher.model is None:
+        yield f"student.init: {config.student.init} needs weights; give teacher.model beside teacher.cache"
     elif not compared and config.student.init is None:
         yield "no term compares with the teacher, which would run for nothing; add one, or set teacher.kind: none"
 

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from annotated_types import Ge, Gt, Le, Lt
 from pydantic.fields import FieldInfo
 
+from engine.config.cache import CacheSection, CodecSection
 from engine.config.run import RunConfig
 from engine.config.section import Section
 from engine.config.terms import AnyTerm, Ramp
@@ -33,6 +34,8 @@ def document() -> str:
     for name, field in RunConfig.model_fields.items():
         if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
             parts.append(_section(f"## {name}", field.annotation))
+            if field.annotation is CacheSection:
+                parts += [_kinds("###", codec) for codec in get_args(get_args(CodecSection)[0])]
         elif name != "losses":
             plain[name] = field
     parts.append("\n".join(_losses()))
@@ -47,9 +50,14 @@ def _losses() -> Iterator[str]:
     union = get_args(AnyTerm)[0]
     yield f"## losses\n\n{_text(RunConfig.model_fields['losses'])} A list, each item with its `kind`:\n"
     for term in get_args(union):
-        kinds = " and ".join(f"`{kind}`" for kind in get_args(term.model_fields["kind"].annotation))
-        yield _section(f"### {kinds}", term, leave_out=("kind",))
+        yield _kinds("###", term)
     yield _section("### ramp", Ramp)
+
+
+def _kinds(level: str, section: type[Section]) -> str:
+    """A section that is chosen by its ``kind``."""
+    kinds = " and ".join(f"`{kind}`" for kind in get_args(section.model_fields["kind"].annotation))
+    return _section(f"{level} {kinds}", section, leave_out=("kind",))
 
 
 def _section(heading: str, section: type[Section], leave_out: tuple[str, ...] = ()) -> str:
@@ -77,6 +85,8 @@ def _default(field: FieldInfo) -> str:
     if field.is_required():
         return "**required**"
     value = field.default
+    if isinstance(value, Section) and hasattr(value, "kind"):
+        return f"`{value.kind}`"
     if isinstance(value, Section) or value is None:
         return "none"
     return f"`{json.dumps(value)}`" if not isinstance(value, str) else f"`{value}`"
@@ -95,6 +105,8 @@ def _type(annotation: Any, metadata: Any = ()) -> str:
         return f"list of {items[0]}" if Ellipsis in inner else f"list of {len(items)}: {items[0]}"
     if origin is dict:
         return "section"
+    if isinstance(annotation, type) and issubclass(annotation, Section) and "kind" in annotation.model_fields:
+        return " or ".join(f"[`{kind}`](#{kind})" for kind in get_args(annotation.model_fields["kind"].annotation))
     if annotation is Ramp:
         return "[ramp](#ramp)"
     return _PLAIN[annotation] + _bounds(metadata)

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from engine.config.cache import CacheSection
 from engine.config.section import Beta, Count, Fraction, NonNegative, Section
 from engine.config.terms import AnyTerm
 
@@ -106,8 +107,16 @@ class StudentSection(ModelSection):
 class TeacherSection(ModelSection):
     """Who gives the targets."""
 
-    kind: Literal["none", "online"] = "none"
-    """`none` trains on labels alone, `online` asks a model in inference mode."""
+    kind: Literal["none", "online", "cached"] = "none"
+    """`none` trains on labels alone, `online` asks a model in inference mode, `cached` reads what
+    `launch/cache_teacher.py` kept of its answers."""
+    cache: str | None = None
+    """The cache: a folder or address (with a slash), or the name of one beside the data's manifest."""
+    on_missing: Literal["refuse", "ask"] = "refuse"
+    """What `cached` does with shards that the cache lacks: name them and stop, or ask `model` and write them back."""
+    tail: Literal["bucket", "renormalise", "residual_to_label"] = "bucket"
+    """What becomes of the mass that `top_k` and `top_p` do not keep: one more outcome, nothing (the kept ids are
+    scaled up), or the label's."""
     placement: Literal["replicated"] = "replicated"
     """Where the teacher's weights lie: whole on every device."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
@@ -117,6 +126,10 @@ class TeacherSection(ModelSection):
     def _model_named(self) -> TeacherSection:
         if self.kind == "online" and self.model is None:
             raise ValueError("teacher.kind: online needs teacher.model")
+        if self.kind == "cached" and self.cache is None:
+            raise ValueError("teacher.kind: cached needs teacher.cache, a folder or a name beside the data's manifest")
+        if self.on_missing == "ask" and (self.kind != "cached" or self.model is None):
+            raise ValueError("teacher.on_missing: ask needs teacher.kind: cached and teacher.model")
         if self.kind == "none" and self.model is not None:
             raise ValueError("teacher.model is given but teacher.kind is none; say kind: online")
         return self
@@ -229,6 +242,7 @@ class RunConfig(Section):
     task: TaskSection
     student: StudentSection
     teacher: TeacherSection = TeacherSection()
+    cache: CacheSection = CacheSection()
     data: DataSection
     batch: BatchSection
     losses: Annotated[tuple[AnyTerm, ...], Field(min_length=1)]

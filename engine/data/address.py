@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 from urllib.parse import urlsplit, urlunsplit
 
-from engine.errors import DataError
+from engine.errors import DataError, MissingError
 
 PIPE = "pipe:"
 BLOCK_BYTES = 4 << 20
@@ -173,6 +173,6 @@ def _is_absent(problem: BaseException) -> bool:
 
 def _unreadable(address: str, problem: Exception, tries: int = 1) -> DataError:
     if _is_absent(problem):
-        return DataError(f"{address}: no such file; check the path, or copy or build the shards there")
+        return MissingError(f"{address}: no such file; check the path, or copy or build the shards there")
     after = f" after {tries} tries" if tries > 1 else ""
     return DataError(f"{address}: cannot be read{after} ({type(problem).__name__}: {problem.__cause__ or problem})")

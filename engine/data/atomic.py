@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 from pathlib import Path
 
 
@@ -19,8 +20,40 @@ def write_atomically(path: Path, content: bytes) -> None:
 def move_into_place(temporary: Path, path: Path) -> None:
     """Rename a file already synced, and make the new name itself survive a power cut."""
     os.replace(temporary, path)
-    folder = os.open(path.parent, os.O_RDONLY)
+    sync_folder(path.parent)
+
+
+def create_once(path: Path, content: bytes) -> bool:
+    """Write ``path`` unless it is there; of several that try, one does. Returns whether it was this one."""
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
     try:
-        os.fsync(folder)
+        with temporary.open("wb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        return link_into_place(temporary, path)
     finally:
-        os.close(folder)
+        temporary.unlink(missing_ok=True)
+
+
+def link_into_place(temporary: Path, path: Path) -> bool:
+    """As ``move_into_place``, but a file that is there already stays. Returns whether there was none."""
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        return False
+    except OSError:  # a file system without hard links: what lies between the look and the rename is lost
+        if path.exists():
+            return False
+        os.replace(temporary, path)
+    sync_folder(path.parent)
+    return True
+
+
+def sync_folder(folder: Path) -> None:
+    """Make new names in ``folder`` survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -8,8 +8,9 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -18,7 +19,7 @@ from engine.data.collate import Labelled, collate
 from engine.data.manifest import Manifest
 from engine.data.order import Location
 from engine.errors import DataError
-from engine.schema import Batch, Sample, StepBatches
+from engine.schema import Batch, CachedStates, Sample, SparseTargets, StepBatches
 
 log = logging.getLogger("stillhouse")
 
@@ -44,6 +45,21 @@ class Shards(Protocol):
         """Raises DataError for a damaged record."""
 
 
+RecordOf = TypeVar("RecordOf")
+
+
+class TargetReader(Protocol[RecordOf]):
+    """What the loader asks of a cache of the teacher's targets."""
+
+    def fetch(self, location: Location) -> RecordOf:
+        """Raises DataError for a damaged record; the sample is then left out as if it were damaged itself."""
+
+    def targets(
+        self, records: Sequence[RecordOf | None], samples: Sequence[Sample], labelled: Labelled
+    ) -> SparseTargets | CachedStates:
+        """For ``Batch.cached``; there is no record for a sample that is not sound."""
+
+
 class _Collated(NamedTuple):
     batch: Batch
     damage: tuple[DataError, ...]
@@ -54,7 +70,8 @@ class Loader:
     """The micro-batches of ``rank``, the same for any number of threads; over the ranks, for any ``world_size``.
 
     Step t holds sequences [t * global_sequences, (t + 1) * global_sequences) of ``order``; a rank takes those whose
-    number is ``rank`` modulo ``world_size``. ``label`` is a task's, its rounds are the epochs.
+    number is ``rank`` modulo ``world_size``. ``label`` is a task's, its rounds are the epochs. ``cached`` puts the
+    teacher's targets beside each batch.
     """
 
     def __init__(
@@ -73,6 +90,7 @@ class Loader:
         max_bad_samples: int = 0,
         num_bad_samples: int = 0,
         pin_memory: bool = False,
+        cached: TargetReader[Any] | None = None,
     ) -> None:
         assert global_sequences % (micro_sequences * world_size) == 0
         self._shards, self._order, self._label = shards, order, label
@@ -80,7 +98,7 @@ class Loader:
         self._rank, self._world_size = rank, world_size
         self._reader_threads, self._prefetch_steps = reader_threads, prefetch_steps
         self._max_bad_samples, self._num_bad_samples = max_bad_samples, num_bad_samples
-        self._pin_memory = pin_memory
+        self._pin_memory, self._cached = pin_memory, cached
         # Two threads in NumPy at once take the interpreter from each other at every call, and cost more than one.
         self._turn = threading.Lock()
 
@@ -117,18 +135,25 @@ class Loader:
 
     def _collate(self, locations: list[Location]) -> _Collated:
         samples: list[Sample] = []
+        records: list[Any] = []
         damage: list[DataError] = []
         for location in locations:
+            record = None
             try:
-                samples.append(self._shards.read(location.shard, location.index))
+                sample = self._shards.read(location.shard, location.index)
+                record = self._cached.fetch(location) if self._cached else None
             except DataError as error:
                 damage.append(error)
                 shard = self._shards.manifest.shards[location.shard].name
-                samples.append(Sample(shard, f"record {location.index}", _NOTHING, _NOTHING, sound=False))
+                sample = Sample(shard, f"record {location.index}", _NOTHING, _NOTHING, sound=False)
+            samples.append(sample)
+            records.append(record)
         manifest = self._shards.manifest
         with self._turn:
             labelled = self._label(samples, [location.epoch for location in locations])
             batch = collate(samples, labelled, pad_id=manifest.pad_id, sequence_tokens=manifest.sequence_tokens)
+            if self._cached is not None:
+                batch = replace(batch, cached=self._cached.targets(records, samples, labelled))
         return _Collated(batch.pinned() if self._pin_memory else batch, tuple(damage))
 
     def _accept(self, error: DataError, num_bad_samples: int) -> None:

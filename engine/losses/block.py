@@ -72,6 +72,8 @@ class Block:
         """Add each term's unweighted sum to ``raw``. Returns dL/dz of the weighted terms, [C, V], if there are any."""
         total: Tensor | None = None
         for number, loss in enumerate(losses):
+            if loss.kind != "cross_entropy" and self.teacher is None and self.sparse is None:
+                continue  # held-out text of a run that knows its teacher from a cache
             t = loss.temperature
             value, slope = self._term(loss)
             mask = self.labelled if loss.labelled_only else None

@@ -122,6 +122,7 @@ class Objective(nn.Module):
         Returns:
             Scalar fp32 loss; [len(metric_names)] fp32 sums without gradient.
         """
+        assert targets is not None or not (self.needs_targets and torch.is_grad_enabled()), "training needs its targets"
         rows = self.rows(batch)
         num_labels, num_tokens = max(1, context.num_labels), max(1, context.num_tokens)
         losses = [self._logit_loss(i, context.step, num_labels / num_tokens) for i in self.logit_terms]
@@ -138,6 +139,9 @@ class Objective(nn.Module):
         loss = total / num_labels
         raw = list(torch.unbind(logit_raw))
         for i, pairs in self.pairs.items():
+            if targets is None:  # held-out text of a run that knows its teacher from a cache
+                raw.insert(i, total.new_zeros(()))
+                continue
             term = self.terms[i]
             assert isinstance(term, HiddenTerm)
             assert isinstance(targets, DenseTargets), "other targets are refused before the run begins"

@@ -21,7 +21,7 @@ cache
 tasks teacher student memory
 zero checkpoint export evaluation report metrics runfolder planning
 trainer parts
-resume compare
+resume compare capture
 build finish
 distiller
 launch data_tools

@@ -1,0 +1,208 @@
+"""A cache as files, and who may read what of it.
+
+``cache.json``       what all sidecars have in common (engine/cache/identity.py)
+``ranks.npy``        [V] uint32: the number of each id by its frequency in the data, 0 for the most frequent
+``head.npz``         weight [V, G], bias, scale, softcap: the teacher's head, where states are kept
+``NAME.targets.tar`` the sidecar of data shard NAME.tar (engine/cache/sidecar.py)
+``manifest.json``    all sidecars with their sizes and hashes; there when the cache is complete
+``claims/``          which job makes which shard (engine/cache/claims.py); gone when the cache is complete
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from engine.cache.claims import Claims, waiting
+from engine.cache.identity import FORMAT_VERSION, IDENTITY, CacheIdentity
+from engine.cache.sidecar import REMEDY, Sidecar
+from engine.data.address import BLOCK_BYTES, ByteSource, LocalFile, OnceCache, RemoteFile, beside, is_remote, read_bytes
+from engine.data.atomic import create_once, write_atomically
+from engine.data.manifest import Manifest, ShardEntry
+from engine.data.shards import ShardSet
+from engine.errors import CacheError, MissingError
+
+MANIFEST, RANKS, HEAD, CLAIMS = "manifest.json", "ranks.npy", "head.npz", "claims"
+SUFFIX = ".targets.tar"
+_REMOTE_BYTES = 512 << 20
+
+
+@dataclass(frozen=True)
+class SidecarEntry:
+    """A line of the cache's manifest."""
+
+    name: str
+    num_bytes: int
+    sha256: str
+    header: dict[str, Any]
+
+
+def cache_address(name: str, data_manifest: str) -> str:
+    """The address of cache.json of the cache called ``name``: a folder, or one beside the data's manifest."""
+    if "/" in name or name in (".", ".."):
+        return f"{name.rstrip('/')}/{IDENTITY}"
+    return beside(data_manifest, f"{name}/{IDENTITY}")
+
+
+def sidecar_name(shard: str) -> str:
+    """The sidecar's file name for the data shard called ``shard``."""
+    plain = shard if not shard.startswith("pipe:") else f"pipe-{hashlib.sha256(shard.encode()).hexdigest()[:16]}"
+    return plain.removesuffix(".tar") + SUFFIX
+
+
+class CacheFolder:
+    """One cache, at the address of its cache.json. Any thread may use it."""
+
+    def __init__(self, address: str, identity: CacheIdentity) -> None:
+        self.address = address
+        self.identity = identity
+        self._blocks: OnceCache[tuple[str, int], bytes] = OnceCache(_REMOTE_BYTES // BLOCK_BYTES)
+
+    @staticmethod
+    def open(address: str) -> CacheFolder:
+        """Raises CacheError when there is no cache, or one of a newer format."""
+        try:
+            content = read_bytes(address)
+        except MissingError as problem:
+            raise CacheError(f"{address}: there is no cache; make it with launch/cache_teacher.py") from problem
+        return CacheFolder(address, CacheIdentity.from_json(content, address))
+
+    @staticmethod
+    def create_or_join(address: str, identity: CacheIdentity, files: dict[str, bytes]) -> CacheFolder:
+        """The cache in a local folder, made unless it is there. ``files`` are what the identity has hashes of.
+
+        Raises CacheError, naming both sides, when one is there that holds something else.
+        """
+        if is_remote(address):
+            raise CacheError(f"{address}: a cache is made in a folder; give a path, and copy the finished cache there")
+        path = Path(address)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for name, content in files.items():
+            create_once(path.parent / name, content)
+        create_once(path, identity.to_json())
+        folder = CacheFolder.open(address)
+        if different := folder.identity.differences(identity, ("it has", "this job")):
+            raise CacheError(
+                f"{address}: this cache holds other targets; {'; '.join(different)}. Use another teacher.cache, or "
+                "delete the folder"
+            )
+        return folder
+
+    @property
+    def path(self) -> Path:
+        """The folder, of a local cache."""
+        return Path(self.address).parent
+
+    def path_of(self, entry: ShardEntry) -> Path:
+        """Where the sidecar of a data shard lies, or will lie."""
+        return Path(beside(self.address, sidecar_name(entry.name)))
+
+    def ranks(self) -> np.ndarray:
+        """[V]. Raises CacheError when it is missing or damaged."""
+        content = self._checked(RANKS, self.identity.ranks_sha256)
+        return np.lib.format.read_array(io.BytesIO(content), allow_pickle=False)
+
+    def head(self) -> dict[str, np.ndarray]:
+        """The teacher's head. Raises CacheError when it is missing or damaged."""
+        assert self.identity.head_sha256 is not None
+        with np.load(io.BytesIO(self._checked(HEAD, self.identity.head_sha256)), allow_pickle=False) as arrays:
+            return dict(arrays)
+
+    def sidecar(self, entry: ShardEntry) -> Sidecar:
+        """The sidecar of a data shard.
+
+        Raises CacheError when it is missing or damaged, and naming both sides when it belongs to another cache, shard
+        or version of the data.
+        """
+        address = beside(self.address, sidecar_name(entry.name))
+        source: ByteSource = RemoteFile(address, self._blocks) if is_remote(address) else LocalFile(address)
+        sidecar = Sidecar(source, address)
+        header = sidecar.header
+        sides = (
+            ("is of another cache: its cache.json has sha256", header.cache, self.identity.sha256),
+            ("was made for the shard", header.shard, entry.name),
+            (f"was made for other data: {entry.name} had sha256", header.shard_sha256, entry.sha256),
+            ("has samples", header.num_samples, entry.num_samples),
+            ("has rounds", header.num_rounds, self.identity.num_rounds),
+        )
+        for what, found, expected in sides:
+            if found != expected:
+                raise CacheError(
+                    f"{address}: {what} {found}, expected {expected}; make a cache for this data with "
+                    "launch/cache_teacher.py, or point data.manifest and teacher.cache at those that belong together"
+                )
+        return sidecar
+
+    def manifest(self) -> dict[str, SidecarEntry] | None:
+        """The sidecars by name; None while the cache is not complete. Raises CacheError when it is damaged."""
+        address = beside(self.address, MANIFEST)
+        try:
+            content = read_bytes(address)
+        except MissingError:
+            return None
+        try:
+            found = json.loads(content)
+            entries = [SidecarEntry(**entry) for entry in found["sidecars"]]
+            if found["cache"] != self.identity.sha256:
+                raise CacheError(f"{address}: belongs to another cache than the cache.json beside it; {REMEDY}")
+        except (ValueError, KeyError, TypeError) as problem:
+            raise CacheError(f"{address}: damaged ({problem!r}); {REMEDY}") from problem
+        return {entry.name: entry for entry in entries}
+
+    def write_manifest(self, data: Manifest) -> None:
+        """manifest.json, over the sidecars of all shards as they lie now."""
+        entries = []
+        for shard in data.shards:
+            sidecar = self.sidecar(shard)
+            entries.append(
+                SidecarEntry(sidecar_name(shard.name), sidecar.num_bytes, sidecar.sha256(), asdict(sidecar.header))
+            )
+        content = {
+            "format_version": FORMAT_VERSION,
+            "cache": self.identity.sha256,
+            "num_bytes": sum(entry.num_bytes for entry in entries),
+            "sidecars": [asdict(entry) for entry in entries],
+        }
+        write_atomically(self.path / MANIFEST, (json.dumps(content, indent=1) + "\n").encode())
+
+    def missing(self, data: Manifest) -> list[ShardEntry]:
+        """The shards that have no sidecar. Raises CacheError for a remote cache without a manifest: who could tell?"""
+        if not is_remote(self.address):
+            return [entry for entry in data.shards if not self.path_of(entry).exists()]
+        manifest = self.manifest()
+        if manifest is None:
+            raise CacheError(f"{beside(self.address, MANIFEST)}: missing; copy the cache there when it is complete")
+        return [entry for entry in data.shards if sidecar_name(entry.name) not in manifest]
+
+    def num_bytes(self) -> int:
+        """All that the complete cache takes: sidecars, manifest and the rest."""
+        manifest = self.manifest() or {}
+        others = sum(len(read_bytes(beside(self.address, name))) for name in (IDENTITY, RANKS, MANIFEST))
+        return others + sum(entry.num_bytes for entry in manifest.values())
+
+    def claims(self) -> list[str]:
+        """A line for each shard that a job is at work on."""
+        if is_remote(self.address):
+            return []
+        return list(waiting([claim for claim in Claims(self.path / CLAIMS).all() if not claim.is_stale]))
+
+    def _checked(self, name: str, sha256: str) -> bytes:
+        address = beside(self.address, name)
+        content = read_bytes(address)
+        if hashlib.sha256(content).hexdigest() != sha256:
+            raise CacheError(f"{address}: not the file that {IDENTITY} names (sha256 differs); copy the cache again")
+        return content
+
+
+def ranks_of(shards: ShardSet) -> np.ndarray:
+    """[V] uint32: ids by their frequency in the data; of equals the lower id first."""
+    counts = shards.token_counts()
+    ranks = np.empty(len(counts), np.uint32)
+    ranks[np.argsort(-counts, kind="stable")] = np.arange(len(counts), dtype=np.uint32)
+    return ranks

@@ -1,0 +1,59 @@
+"""A cache opened for a run: whether it is of this teacher, task and data, whole, and enough for the run's terms."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from engine.cache.fitness import check_terms, num_rounds, task_settings
+from engine.cache.folder import CacheFolder, cache_address
+from engine.config.run import RunConfig
+from engine.data.manifest import Manifest
+from engine.errors import CacheError
+
+_SHOWN = 8
+
+
+def open_cache(config: RunConfig, data: Manifest, teacher: str | None) -> CacheFolder:
+    """The cache of ``config``. ``teacher`` is the fingerprint of teacher.model, where one is given.
+
+    Raises CacheError, naming both sides, when the cache is of another teacher, tokenizer or task, cannot serve a term,
+    or lacks shards that nobody is there to be asked about.
+    """
+    assert config.teacher.cache is not None
+    folder = CacheFolder.open(cache_address(config.teacher.cache, config.data.manifest))
+    identity = folder.identity
+    wanted = replace(
+        identity,
+        teacher=teacher or identity.teacher,
+        teacher_name=str(config.teacher.model),
+        tokenizer=data.tokenizer,
+        vocab_size=data.vocab_size,
+        task=task_settings(config.task),
+        num_rounds=num_rounds(config.task),
+    )
+    if different := identity.differences(wanted, ("the cache has", "the run")):
+        raise CacheError(
+            f"{folder.address} was made for something else:\n  " + "\n  ".join(different) + "\nPoint teacher.cache at "
+            "the cache of this teacher and task, or make it with launch/cache_teacher.py"
+        )
+    check_terms(config, identity)
+    if config.teacher.on_missing == "refuse":
+        _refuse_missing(folder, data)
+    return folder
+
+
+def _refuse_missing(folder: CacheFolder, data: Manifest) -> None:
+    missing = folder.missing(data)
+    if not missing:
+        return
+    names = ", ".join(entry.name for entry in missing[:_SHOWN])
+    more = f" and {len(missing) - _SHOWN} more" if len(missing) > _SHOWN else ""
+    at_work = folder.claims()
+    advice = (
+        f"it is still being written: {'; '.join(at_work[:_SHOWN])}. Wait until it is complete"
+        if at_work
+        else "run launch/cache_teacher.py again, which makes only these, or set teacher.on_missing: ask"
+    )
+    raise CacheError(
+        f"{folder.address} has no targets for {len(missing)} of {len(data.shards)} shards: {names}{more}; {advice}"
+    )
