@@ -40,7 +40,7 @@ def build_trainer(parts: Parts, place: Place, resume: str, stop: StopSignal, sho
         num_steps=run.num_steps,
         num_ids=manifest.vocab_size,
         student=_shape(parts.student.model),
-        teacher=_shape(parts.teacher) if parts.teacher is not None else None,
+        teacher=_teacher_shape(parts),
     )
     evaluator = _evaluator(parts, objective, place)
     # nothing of the config is left to refuse: from here on the folder belongs to this run
@@ -49,7 +49,7 @@ def build_trainer(parts: Parts, place: Place, resume: str, stop: StopSignal, sho
     source: TargetSource = NoTeacher()
     cached = None
     if parts.cache is not None:
-        source = cached = CachedTargets(parts.cache, manifest, config.teacher.tail)
+        source = cached = CachedTargets(parts.cache, manifest, config.teacher.tail, place.device)
     elif parts.teacher is not None and objective.needs_targets:
         source = OnlineTeacher(parts.teacher, parts.task.model_inputs, hidden_states=objective.needs_hidden_states)
     torch.manual_seed(config.run.seed + place.ranks.rank)  # dropout differs over the ranks
@@ -135,6 +135,14 @@ def _evaluator(parts: Parts, objective: Objective, place: Place) -> Evaluator | 
         ranks=place.ranks,
         device=place.device,
     )
+
+
+def _teacher_shape(parts: Parts) -> Shape | None:
+    """Of a cache's teacher no more is known than the layers that it keeps."""
+    if parts.cache is not None and parts.cache.identity.head_sha256 is not None:
+        layers = parts.cache.identity.codec["layers"]
+        return Shape(parts.cache.head().weight.shape[1], max(layers, default=0))
+    return None if parts.teacher is None else _shape(parts.teacher)
 
 
 def _shape(model: PreTrainedModel) -> Shape:

@@ -16,12 +16,13 @@ import numpy as np
 import torch
 
 from engine.cache.claims import Claims
-from engine.cache.codec import build_codec, describe_codec
+from engine.cache.codec import describe_codec
 from engine.cache.fitness import num_rounds, task_settings
-from engine.cache.folder import CLAIMS, RANKS, CacheFolder, cache_address, ranks_of
+from engine.cache.folder import CLAIMS, HEAD, RANKS, CacheFolder, cache_address, head_content, ranks_of
 from engine.cache.identity import CacheIdentity
-from engine.cache.recording import Asked, Recorder
+from engine.cache.recording import Asked, build_recorder
 from engine.cache.sidecar import Record, SidecarWriter, Sums
+from engine.config.cache import HiddenSection
 from engine.config.checks import check_cache
 from engine.config.resolve import DataFacts, read_deepspeed_json, resolve
 from engine.config.run import RunConfig
@@ -93,22 +94,20 @@ class Capture:
         log.info(
             "teacher: %s, %s parameters, %s", type(model).__name__, f"{model.num_parameters():,}", run.teacher_precision
         )
+        codec = config.cache.codec
+        states = isinstance(codec, HiddenSection)
         self._teacher = OnlineTeacher(
-            move(cast(model, DTYPES[run.teacher_precision]), device), self._task.model_inputs, hidden_states=False
+            move(cast(model, DTYPES[run.teacher_precision]), device),
+            self._task.model_inputs,
+            hidden_states=isinstance(codec, HiddenSection) and bool(codec.layers),
         )
         ranks = ranks_of(self.shards)
-        files = {RANKS: encode_array(ranks)}
+        files = {RANKS: encode_array(ranks)} | ({HEAD: head_content(self._teacher.head)} if states else {})
         identity = identity_of(config, self.shards, run.teacher_precision, files)
         self.folder = CacheFolder.create_or_join(
             cache_address(config.teacher.cache, config.data.manifest), identity, files
         )
-        self._recorder = Recorder(
-            build_codec(config.cache.codec, ranks),
-            self._teacher.head,
-            manifest.vocab_size,
-            temperature=config.cache.temperature,
-            seed=config.cache.seed,
-        )
+        self._recorder = build_recorder(config.cache, ranks, self._teacher.head, manifest.vocab_size)
         self._num_rounds = identity.num_rounds
         self._num_bad = self._num_tokens = self._positions = self._bytes = 0
         self._started = time.perf_counter()
@@ -186,8 +185,8 @@ class Capture:
                 if not reading:
                     break
                 asked = reading.popleft().result()
-                hidden = self._teacher.targets_for(asked.batch, asked.batch.label_rows).hidden
-                encoding.append(encoder.submit(self._recorder.encode, self._recorder.select(asked, hidden)))
+                answer = self._teacher.targets_for(asked.batch, asked.batch.label_rows)
+                encoding.append(encoder.submit(self._recorder.encode, self._recorder.select(asked, answer)))
                 self._num_tokens += asked.batch.num_tokens
                 if len(encoding) > _AHEAD:
                     yield encoding.popleft().result()
@@ -239,4 +238,5 @@ def identity_of(config: RunConfig, shards: ShardSet, precision: str, files: Mapp
         seed=config.cache.seed,
         micro_sequences=config.cache.micro_sequences,
         ranks_sha256=hashlib.sha256(files[RANKS]).hexdigest(),
+        head_sha256=hashlib.sha256(files[HEAD]).hexdigest() if HEAD in files else None,
     )

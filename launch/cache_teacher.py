@@ -86,7 +86,7 @@ def _fields(now: Standing) -> dict[str, str]:
 
 
 def _summary(capture: Capture, stopped_by: str | None) -> list[str]:
-    now, address = capture.standing(), capture.folder.address
+    now, address = capture.standing(), capture.folder.path
     if now.num_done == now.num_shards:
         return [f"complete: {now.num_shards:,} shards, {capture.folder.num_bytes() / 1e6:,.1f} MB in {address}"]
     lines = [f"{address}: {now.num_done:,} of {now.num_shards:,} shards done; run the same command again for the rest"]

@@ -12,7 +12,8 @@ from torch import Tensor
 from engine.cache.distribution import Distributions
 from engine.cache.kept import Kept
 from engine.cache.sampled import SampledCodec
-from engine.config.cache import CodecSection, HiddenSection, SampledSection
+from engine.cache.top import TopCodec
+from engine.config.cache import CodecSection, HiddenSection, SampledSection, TopKSection
 from engine.errors import CacheError
 
 VERSIONS = {"sampled": 1, "top_k": 1, "top_p": 1, "hidden": 1}
@@ -57,4 +58,6 @@ def build_codec(section: CodecSection, ranks: np.ndarray) -> Codec:
     assert not isinstance(section, HiddenSection)
     if isinstance(section, SampledSection):
         return SampledCodec(ranks, section.num_draws)
-    raise NotImplementedError
+    if isinstance(section, TopKSection):
+        return TopCodec(ranks, max_k=section.k, min_k=section.k, p=1.0, max_error=section.max_error)
+    return TopCodec(ranks, max_k=section.max_k, min_k=section.min_k, p=section.p, max_error=section.max_error)

@@ -2,7 +2,7 @@
 
 ``cache.json``       what all sidecars have in common (engine/cache/identity.py)
 ``ranks.npy``        [V] uint32: the number of each id by its frequency in the data, 0 for the most frequent
-``head.npz``         weight [V, G], bias, scale, softcap: the teacher's head, where states are kept
+``head.safetensors`` weight [V, G] and bias of the teacher's head, its scale and softcap; where states are kept
 ``NAME.targets.tar`` the sidecar of data shard NAME.tar (engine/cache/sidecar.py)
 ``manifest.json``    all sidecars with their sizes and hashes; there when the cache is complete
 ``claims/``          which job makes which shard (engine/cache/claims.py); gone when the cache is complete
@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import safetensors.torch
+import torch
 
 from engine.cache.claims import Claims, waiting
 from engine.cache.identity import FORMAT_VERSION, IDENTITY, CacheIdentity
@@ -27,8 +29,9 @@ from engine.data.atomic import create_once, write_atomically
 from engine.data.manifest import Manifest, ShardEntry
 from engine.data.shards import ShardSet
 from engine.errors import CacheError, MissingError
+from engine.schema import Head
 
-MANIFEST, RANKS, HEAD, CLAIMS = "manifest.json", "ranks.npy", "head.npz", "claims"
+MANIFEST, RANKS, HEAD, CLAIMS = "manifest.json", "ranks.npy", "head.safetensors", "claims"
 SUFFIX = ".targets.tar"
 _REMOTE_BYTES = 512 << 20
 
@@ -108,11 +111,12 @@ class CacheFolder:
         content = self._checked(RANKS, self.identity.ranks_sha256)
         return np.lib.format.read_array(io.BytesIO(content), allow_pickle=False)
 
-    def head(self) -> dict[str, np.ndarray]:
-        """The teacher's head. Raises CacheError when it is missing or damaged."""
+    def head(self) -> Head:
+        """The teacher's head, of a cache that keeps states. Raises CacheError when it is missing or damaged."""
         assert self.identity.head_sha256 is not None
-        with np.load(io.BytesIO(self._checked(HEAD, self.identity.head_sha256)), allow_pickle=False) as arrays:
-            return dict(arrays)
+        tensors = safetensors.torch.load(self._checked(HEAD, self.identity.head_sha256))
+        softcap = tensors["softcap"].item()
+        return Head(tensors["weight"], tensors.get("bias"), tensors["scale"].item(), softcap or None)
 
     def sidecar(self, entry: ShardEntry) -> Sidecar:
         """The sidecar of a data shard.
@@ -198,6 +202,15 @@ class CacheFolder:
         if hashlib.sha256(content).hexdigest() != sha256:
             raise CacheError(f"{address}: not the file that {IDENTITY} names (sha256 differs); copy the cache again")
         return content
+
+
+def head_content(head: Head) -> bytes:
+    """head.safetensors."""
+    tensors = {"weight": head.weight, "scale": torch.tensor(head.scale, dtype=torch.float64)}
+    tensors["softcap"] = torch.tensor(head.softcap or 0.0, dtype=torch.float64)
+    if head.bias is not None:
+        tensors["bias"] = head.bias
+    return safetensors.torch.save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
 
 
 def ranks_of(shards: ShardSet) -> np.ndarray:

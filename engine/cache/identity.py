@@ -43,7 +43,7 @@ class CacheIdentity:
     ranks_sha256: str
     """of ranks.npy"""
     head_sha256: str | None = None
-    """of head.npz, where states are kept"""
+    """of head.safetensors, where states are kept"""
     format_version: int = FORMAT_VERSION
 
     def to_json(self) -> bytes:

@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from engine.cache.codec import Codec
+from engine.cache.codec import Codec, build_codec
 from engine.cache.distribution import Exponentiator
 from engine.cache.kept import Kept, joined
 from engine.cache.sidecar import Record, Sums, input_hash
+from engine.cache.states import StatesCodec
+from engine.config.cache import CacheSection, HiddenSection
 from engine.data.collate import Labelled
 from engine.data.stateless import fold, random_bits
 from engine.losses.fused import CHUNK_BYTES
 from engine.losses.head import head_logits
-from engine.schema import IGNORE, Batch, Head, Sample
+from engine.losses.hidden import select_rows
+from engine.schema import IGNORE, Batch, DenseTargets, Head, Sample
+
+NOTHING = Record(b"", 0, 0.0, 0.0), Sums(0, 0, 0, 0.0)
+"""Stands for a damaged sample."""
 
 
 class Asked(NamedTuple):
@@ -38,7 +44,7 @@ class Selected(NamedTuple):
     """of each sample"""
     lengths: list[int]
     """positions of each sample"""
-    kept: Kept
+    kept: Kept | DenseTargets
     nll: np.ndarray
     """[N] float64: -log p of the label"""
     entropy: np.ndarray
@@ -47,8 +53,18 @@ class Selected(NamedTuple):
     """[N] float64: of the kept ids"""
 
 
-class Recorder:
-    """Asks nobody: gets the states at the labelled rows and chooses, counts and encodes.
+class Recorder(Protocol):
+    """Turns the teacher's answer to a batch into records."""
+
+    def select(self, asked: Asked, answer: DenseTargets) -> Selected:
+        """What to keep of the batch; the work for the device."""
+
+    def encode(self, selected: Selected) -> list[tuple[Record, Sums]]:
+        """A record for each sample, in order; an empty one where it is not sound. Any thread may do it."""
+
+
+class DistributionRecorder:
+    """For the codecs that keep a part of the distribution.
 
     The records of a sample depend on nothing but the teacher's numbers, ``seed``, its key and its round, so any job
     makes the same.
@@ -62,13 +78,12 @@ class Recorder:
         self._logits = torch.empty(self._chunk_rows, num_ids, device=device)
         self._exponentiate = Exponentiator(self._chunk_rows, num_ids, device)
 
-    def select(self, asked: Asked, hidden: Tensor) -> Selected:
-        """What to keep of the batch; the work for the device. ``hidden`` [N, G] are the teacher's states."""
+    def select(self, asked: Asked, answer: DenseTargets) -> Selected:
         hashes, lengths = hashes_and_lengths(asked.samples, asked.labelled)
-        return Selected(asked, hashes, lengths, *self._keep(asked, hidden, self._offsets(asked, lengths)))
+        return Selected(asked, hashes, lengths, *self._keep(asked, answer.hidden, self._offsets(asked, lengths)))
 
     def encode(self, selected: Selected) -> list[tuple[Record, Sums]]:
-        """A record for each sample, in order; an empty one where it is not sound. Any thread may do it."""
+        assert isinstance(selected.kept, Kept)
         made, end = [], 0
         parts = selected.kept.cut(selected.lengths)
         for sample, hashed, part in zip(selected.asked.samples, selected.hashes, parts):
@@ -79,7 +94,7 @@ class Recorder:
                 sums = Sums(len(sample.token_ids), part.num_positions, len(part.ids), mass)
                 made.append((Record(self._codec.encode(part), hashed, nll, entropy), sums))
             else:
-                made.append((Record(b"", 0, 0.0, 0.0), Sums(0, 0, 0, 0.0)))
+                made.append(NOTHING)
         return made
 
     def _offsets(self, asked: Asked, lengths: Sequence[int]) -> Tensor:
@@ -117,6 +132,37 @@ class Recorder:
         return joined(kept or [Kept(empty, empty, np.empty(0, np.float32), empty)]), nll_all, entropy, mass_all
 
 
+class StatesRecorder:
+    """For the ``hidden`` codec. The head is not needed, so neither -log p nor entropy is known: they are 0."""
+
+    def __init__(self, codec: StatesCodec, layers: Sequence[int]) -> None:
+        self._codec, self._layers = codec, layers
+
+    def select(self, asked: Asked, answer: DenseTargets) -> Selected:
+        hashes, lengths = hashes_and_lengths(asked.samples, asked.labelled)
+        layers = tuple(select_rows(answer.hidden_states[layer], asked.batch.token_rows) for layer in self._layers)
+        states = DenseTargets(answer.hidden.cpu(), answer.head, tuple(layer.cpu() for layer in layers))
+        nothing = np.zeros(0)
+        return Selected(asked, hashes, lengths, states, nothing, nothing, nothing)
+
+    def encode(self, selected: Selected) -> list[tuple[Record, Sums]]:
+        states = selected.kept
+        assert isinstance(states, DenseTargets)
+        num_tokens = [len(sample.token_ids) for sample in selected.asked.samples]
+        rows = states.hidden.split(selected.lengths)
+        layers = [layer.split(num_tokens) for layer in states.hidden_states]
+        made = []
+        for number, sample in enumerate(selected.asked.samples):
+            if not sample.sound:
+                made.append(NOTHING)
+                continue
+            content = self._codec.encode(rows[number], [layer[number] for layer in layers])
+            length = selected.lengths[number]
+            sums = Sums(num_tokens[number], length, 0, float(length))
+            made.append((Record(content, selected.hashes[number], 0.0, 0.0), sums))
+        return made
+
+
 def hashes_and_lengths(samples: Sequence[Sample], labelled: Labelled) -> tuple[list[int], list[int]]:
     """For each sample the hash of what the teacher sees, and how many positions have a label."""
     input_ids, labels = labelled
@@ -127,3 +173,12 @@ def hashes_and_lengths(samples: Sequence[Sample], labelled: Labelled) -> tuple[l
         lengths.append(int(np.count_nonzero(labels[part] != IGNORE)) if sample.sound else 0)
         start = part.stop
     return hashes, lengths
+
+
+def build_recorder(section: CacheSection, ranks: np.ndarray, head: Head, num_ids: int) -> Recorder:
+    """``ranks`` [V]: the number of each id by frequency; ``head`` lies where the teacher does."""
+    if isinstance(section.codec, HiddenSection):
+        layers = section.codec.layers
+        return StatesRecorder(StatesCodec(section.codec.dtype, head.weight.shape[1], len(layers)), layers)
+    codec = build_codec(section.codec, ranks)
+    return DistributionRecorder(codec, head, num_ids, temperature=section.temperature, seed=section.seed)

@@ -55,7 +55,7 @@ class TargetReader(Protocol[RecordOf]):
         """Raises DataError for a damaged record; the sample is then left out as if it were damaged itself."""
 
     def targets(
-        self, records: Sequence[RecordOf | None], samples: Sequence[Sample], labelled: Labelled
+        self, records: Sequence[RecordOf | None], samples: Sequence[Sample], labelled: Labelled, batch: Batch
     ) -> SparseTargets | CachedStates:
         """For ``Batch.cached``; there is no record for a sample that is not sound."""
 
@@ -153,7 +153,7 @@ class Loader:
             labelled = self._label(samples, [location.epoch for location in locations])
             batch = collate(samples, labelled, pad_id=manifest.pad_id, sequence_tokens=manifest.sequence_tokens)
             if self._cached is not None:
-                batch = replace(batch, cached=self._cached.targets(records, samples, labelled))
+                batch = replace(batch, cached=self._cached.targets(records, samples, labelled, batch))
         return _Collated(batch.pinned() if self._pin_memory else batch, tuple(damage))
 
     def _accept(self, error: DataError, num_bad_samples: int) -> None:

@@ -23,7 +23,7 @@ class Slope(NamedTuple):
     """dL/dz of each row: ``row_factor`` times ``base``, plus ``amounts`` at ``ids``."""
 
     base: Tensor
-    """[C, V], shared: not to be written to"""
+    """[C, V], not to be written to"""
     row_factor: Tensor | None = None
     """[C, 1]"""
     ids: Tensor | None = None

@@ -81,9 +81,8 @@ def _bucket(
     teacher = _outcomes(torch.cat([w, tail], dim=1).log().clamp_min(_NOTHING))
     extra = () if parameter is None else (parameter,)
     value, g = DIVERGENCES[kind](student, teacher, *extra)
-    factor = g[:, -1:] / q_tail.clamp_min(1e-37)
-    amount = torch.where(kept, g[:, :-1] - factor * log_q.exp(), 0.0)
-    return value, Slope(q.p, factor, ids, amount)
+    factor = g[:, -1:] / q_tail.clamp_min(1e-37)  # where nothing is left, it multiplies zeros
+    return value, Slope(others, factor, ids, torch.where(kept, g[:, :-1], 0.0))
 
 
 def _outcomes(log_p: Tensor) -> Distribution:

@@ -8,17 +8,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.cache.codec import build_codec, read_codec
+from engine.cache.codec import Codec, build_codec, read_codec
 from engine.cache.folder import CacheFolder
+from engine.cache.kept import Kept
 from engine.cache.recording import hashes_and_lengths
 from engine.cache.sidecar import Record, Sidecar
-from engine.config.cache import SampledSection
+from engine.cache.states import StatesCodec
+from engine.config.cache import HiddenSection, SampledSection
 from engine.data.address import OnceCache
 from engine.data.collate import Labelled
 from engine.data.manifest import Manifest
 from engine.data.order import Location
 from engine.errors import CacheError
-from engine.schema import Batch, CachedStates, Sample, SparseTargets, Targets
+from engine.schema import Batch, CachedStates, DenseTargets, Head, Sample, SparseTargets, Targets, map_tensors
 
 _MAX_OPEN_SIDECARS = 256
 
@@ -26,11 +28,17 @@ _MAX_OPEN_SIDECARS = 256
 class CachedTargets:
     """Both ends of a cache in training: the loader's, which reads, and the trainer's, which takes."""
 
-    def __init__(self, folder: CacheFolder, data: Manifest, tail: str) -> None:
+    def __init__(self, folder: CacheFolder, data: Manifest, tail: str, device: torch.device) -> None:
         """``tail`` is what becomes of the mass that top_k and top_p do not keep."""
         self._folder, self._data, self._tail = folder, data, tail
         self._section = read_codec(folder.identity.codec)
-        self._codec = build_codec(self._section, folder.ranks())
+        self._head: Head | None = None
+        self._codec: Codec | None = None
+        if isinstance(self._section, HiddenSection):
+            self._head = map_tensors(folder.head(), lambda tensor: tensor.to(device))
+            self._states = StatesCodec(self._section.dtype, self._head.weight.shape[1], len(self._section.layers))
+        else:
+            self._codec = build_codec(self._section, folder.ranks())
         self._sidecars: OnceCache[int, Sidecar] = OnceCache(_MAX_OPEN_SIDECARS)
 
     def fetch(self, location: Location) -> Record:
@@ -40,7 +48,9 @@ class CachedTargets:
         rounds = self._folder.identity.num_rounds
         return sidecar.read(location.index * rounds + location.epoch % rounds)
 
-    def targets(self, records: Sequence[Record | None], samples: Sequence[Sample], labelled: Labelled) -> SparseTargets:
+    def targets(
+        self, records: Sequence[Record | None], samples: Sequence[Sample], labelled: Labelled, batch: Batch
+    ) -> SparseTargets | CachedStates:
         """The targets of a batch, for ``Batch.cached``; there is no record for a sample that is not sound.
 
         Raises CacheError when a record was not made for just this sample, with just these labels.
@@ -52,32 +62,49 @@ class CachedTargets:
                     f"{self._folder.address}: its targets for {sample.name} are not for the ids, documents and masks "
                     "that the run gives to its models; make the cache anew with this version and these settings"
                 )
+        contents = [record.content for record in records if record is not None]
         try:
-            kept = self._codec.decode([record.content for record in records if record is not None])
+            if self._codec is None:
+                return self._cached_states(contents, batch)
+            return self._sparse(self._codec.decode(contents), records, np.array(lengths))
         except ValueError as problem:
             names = ", ".join(sample.name for sample in samples)
             raise CacheError(f"{self._folder.address}: a record of {names} does not decode: {problem}") from problem
+
+    def _sparse(self, kept: Kept, records: Sequence[Record | None], lengths: np.ndarray) -> SparseTargets:
+        assert kept.num_positions == lengths.sum(), "records match their samples, by hash"
         ids, weights = kept.padded()
-        counts = np.array(lengths)
-        nll, entropy = (
-            np.repeat(np.array([getattr(each, name, 0.0) for each in records]) / np.maximum(counts, 1), counts)
-            for name in ("nll", "entropy")
-        )
-        assert len(ids) == counts.sum(), "records match their samples, by hash"
+        # what is known of a sample as a whole counts as the mean of its positions
+        means = np.array([[each.nll, each.entropy] if each else [0.0, 0.0] for each in records])
+        means /= np.maximum(lengths, 1)[:, None]
+        nll, entropy = (torch.from_numpy(np.repeat(column, lengths).astype(np.float32)) for column in means.T)
         sampled = isinstance(self._section, SampledSection)
         return SparseTargets(
             ids=torch.from_numpy(ids),
             weights=torch.from_numpy(weights),
             top_ids=torch.from_numpy(kept.top_ids.astype(np.int64)),
-            nll=torch.from_numpy(nll.astype(np.float32)),
-            entropy=torch.from_numpy(entropy.astype(np.float32)),
+            nll=nll,
+            entropy=entropy,
             temperature=self._folder.identity.temperature,
             tail=None if kept.tail is None else torch.from_numpy(kept.tail),
             handling=None if sampled else self._tail,
             importance=isinstance(self._section, SampledSection) and self._section.proposal_temperature != 1.0,
         )
 
+    def _cached_states(self, contents: Sequence[bytes], batch: Batch) -> CachedStates:
+        """Layers that the cache lacks are empty: no term asks for them."""
+        assert isinstance(self._section, HiddenSection)
+        hidden, kept = self._states.decode(contents)
+        layers = [hidden.new_empty(0)] * (max(self._section.layers, default=-1) + 1)
+        for number, states in zip(self._section.layers, kept):
+            whole = states.new_zeros(batch.labels.numel(), states.shape[1])
+            whole[batch.token_rows] = states
+            layers[number] = whole.view(*batch.labels.shape, -1)
+        return CachedStates(hidden, tuple(layers))
+
     def targets_for(self, batch: Batch, rows: Tensor) -> Targets | None:
         """What the loader put beside the batch; None for held-out text, of which a cache knows nothing."""
-        assert not isinstance(batch.cached, CachedStates)
-        return batch.cached
+        if not isinstance(batch.cached, CachedStates):
+            return batch.cached
+        assert self._head is not None
+        return DenseTargets(batch.cached.hidden.to(self._head.weight.dtype), self._head, batch.cached.hidden_states)

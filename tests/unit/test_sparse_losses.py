@@ -175,6 +175,16 @@ def test_all_ids_kept_is_the_dense_loss() -> None:
     assert relative_error(ours.head.weight.grad, theirs.head.weight.grad.double()) < 1e-5
 
 
+def test_a_tail_without_ids_or_mass_is_harmless() -> None:
+    p = teacher_p()
+    ids = torch.arange(IDS).expand(ROWS, IDS)
+    nothing = torch.zeros(ROWS)
+    sparse = SparseTargets(ids, p, p.argmax(dim=1), nothing, nothing, 1.0, torch.full((ROWS,), 1e-11), "bucket")
+    run = Run(LogitLoss("forward_kl", 0.7), sparse)
+    log_q = torch.log_softmax(run.z, dim=1)
+    run.equals(references.divergence("forward_kl", log_q, p.double().log(), None).sum(), 0.7)
+
+
 def test_metrics_tell_what_the_cache_knows() -> None:
     run = Run(LogitLoss("cross_entropy", 1.0), kept_targets("bucket"))
     assert run.metrics[1].item() == pytest.approx(1.25 * ROWS)

@@ -1,0 +1,97 @@
+"""The ``top_k`` and ``top_p`` codecs: the likeliest ids with their log-probabilities, and the mass of the rest.
+
+A record holds the kept ids of one sample as ranked pairs. The class of a pair is the coarse part of its level (see
+engine/cache/levels.py), so that the common small levels cost few bits; the fine parts follow, each class with its own
+number of bits, in the order of the pairs, and last the level of each position's tail.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from engine.cache import bits
+from engine.cache.distribution import Distributions
+from engine.cache.kept import Kept
+from engine.cache.levels import Levels
+from engine.cache.ranked import RankedPairs
+
+_EVEN_BITS = 3
+"""Fine bits of the lower classes; the classes above each hold twice the levels of the one before."""
+_EVEN_CLASSES = 32
+
+
+class TopCodec:
+    """Keeps at most ``max_k`` ids; fewer, but ``min_k`` at least, where they reach the mass ``p``."""
+
+    def __init__(self, ranks: np.ndarray, *, max_k: int, min_k: int, p: float, max_error: float) -> None:
+        """``ranks`` [V]: the number of each id by frequency."""
+        self._max_k, self._min_k, self._p = min(max_k, len(ranks)), min_k, p
+        self._levels = Levels(max_error)
+        self._log_p = self._levels.log_p()
+        first = [number << _EVEN_BITS for number in range(_EVEN_CLASSES + 1)]
+        while first[-1] <= self._levels.highest:
+            first.append(2 * first[-1])
+        self._first = np.array(first[:-1])
+        self._fine_bits = np.diff(first).astype(np.float64)
+        self._fine_bits = np.log2(self._fine_bits).astype(np.int64)
+        self._tail_bits = int(self._levels.highest).bit_length()
+        self._pairs = RankedPairs(ranks, len(self._first))
+
+    def select(self, teacher: Distributions, offsets: Tensor) -> Kept:
+        """The likeliest ids of each row; nothing is drawn."""
+        mass, ids = teacher.mass.topk(self._max_k, dim=1)
+        p = mass.double() / teacher.total.unsqueeze(1)
+        before = p.cumsum(dim=1) - p
+        keep = before < self._p
+        keep[:, : self._min_k] = True
+        tail = (1.0 - (p * keep).sum(dim=1)).clamp_min(0.0)
+        positions = torch.arange(len(ids), device=ids.device).unsqueeze(1).expand_as(ids)
+        parts = positions[keep], ids[keep], p[keep].float(), ids[:, 0], tail.float()
+        return Kept(*(part.cpu().numpy() for part in parts))
+
+    def encode(self, kept: Kept) -> bytes:
+        """The record of one sample."""
+        assert kept.tail is not None
+        level = self._level(kept.values)
+        classes = np.searchsorted(self._first, level, side="right") - 1
+        pairs, order = self._pairs.encode(kept.num_positions, kept.positions, kept.ids, classes)
+        fine = (level - self._first[classes])[order]
+        tail = self._level(kept.tail)
+        widths = np.concatenate([self._fine_bits[classes][order], np.full(len(tail), self._tail_bits)])
+        return pairs + bits.pack(np.concatenate([fine, tail]), widths)
+
+    def decode(self, records: Sequence[bytes]) -> Kept:
+        """Sorted by position, the likeliest id first. Raises ValueError when a record is cut short.
+
+        The kept probabilities and the tail of a position are scaled to the sum of 1.
+        """
+        pairs = self._pairs.decode(records)
+        num_classes = len(self._first)
+        # the fine parts of each class, then the tails: so many numbers of so many bits, for each record
+        counts = np.column_stack([pairs.of_class, pairs.num_positions])
+        widths = np.append(self._fine_bits, self._tail_bits)
+        rests = [record[start:] for record, start in zip(records, pairs.num_bytes)]
+        numbers = bits.unpack(rests, counts, widths)
+        is_tail = np.repeat(np.tile(np.arange(num_classes + 1) == num_classes, len(records)), counts.ravel())
+        level = numbers[~is_tail] + np.repeat(np.tile(self._first, len(records)), pairs.of_class.ravel())
+        order = _by_position(pairs.positions, self._levels.highest - level)
+        positions, ids, p = pairs.positions[order], pairs.ids[order], np.exp(self._log_p[level[order]])
+        tail = np.exp(self._log_p[numbers[is_tail]])
+        starts = np.searchsorted(positions, np.arange(len(tail)))
+        total = np.add.reduceat(np.append(p, 0.0), starts) + tail
+        values = (p / total[positions]).astype(np.float32)
+        return Kept(positions, ids, values, ids[starts], (tail / total).astype(np.float32))
+
+    def _level(self, p: np.ndarray) -> np.ndarray:
+        return self._levels.of(np.log(np.maximum(p, 1e-30)))
+
+
+def _by_position(positions: np.ndarray, rank: np.ndarray) -> np.ndarray:
+    """The order by position, then ``rank``. One sort of numbers that carry their index is the fastest in NumPy."""
+    packed = (positions.astype(np.int64) << 44) | (rank.astype(np.int64) << 30) | np.arange(len(positions))
+    packed.sort()
+    return packed & ((1 << 30) - 1)
