@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
 
 @dataclass(frozen=True)
@@ -48,23 +49,22 @@ class Kept:
 
         Rows are filled up with their first id and the value 0; a position without any with id 0.
         """
-        order = np.argsort(
-            self.positions.astype(np.uint16 if self.num_positions <= 1 << 16 else np.int64), kind="stable"
-        )
-        positions = self.positions[order]
-        counts = np.bincount(positions, minlength=self.num_positions)
-        width = int(counts.max(initial=0))
+        # NumPy sorts 16 bits by radix, several times faster than wider numbers
+        shifts = range(0, max(self.num_positions.bit_length(), 1), 16)
+        order = np.lexsort([(self.positions >> shift).astype(np.uint16) for shift in shifts])
+        counts = torch.bincount(torch.from_numpy(self.positions), minlength=self.num_positions).numpy()
         starts = np.cumsum(counts) - counts
-        slots = np.arange(len(positions)) - np.repeat(starts, counts)
-        sorted_ids = self.ids[order]
-        first = np.zeros(self.num_positions, np.int64)
+        width = int(counts.max(initial=0))
+        at = np.arange(len(order))
+        at += np.repeat(np.arange(len(counts)) * width - starts, counts)
+        sorted_ids = self.ids.take(order).astype(np.int64)
+        first = np.zeros(len(counts), np.int64)
         first[counts > 0] = sorted_ids[starts[counts > 0]]
-        ids = np.repeat(first[:, None], width, axis=1)
-        values = np.zeros((self.num_positions, width), np.float32)
-        at = positions * width + slots
-        ids.ravel()[at] = sorted_ids
-        values.ravel()[at] = self.values[order]
-        return ids, values
+        ids = np.repeat(first, width)
+        values = np.zeros(ids.shape, np.float32)
+        torch.from_numpy(ids).scatter_(0, torch.from_numpy(at), torch.from_numpy(sorted_ids))
+        torch.from_numpy(values).scatter_(0, torch.from_numpy(at), torch.from_numpy(self.values.take(order)))
+        return ids.reshape(-1, width), values.reshape(-1, width)
 
 
 def joined(parts: Sequence[Kept]) -> Kept:

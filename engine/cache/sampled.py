@@ -5,8 +5,8 @@ The target of id i is count_i / num_draws, whose expectation is the teacher's p_
 the cumulative distribution, so that an id's count is never more than one from num_draws * p_i.
 
 A record holds the draws of one sample as ranked pairs of three classes: the teacher's likeliest id (whose count
-follows from the others), counts of two and more, and counts of one; then, as a sorted list, the running sum of the
-second class's counts less two.
+follows from the others), counts of two and more, and counts of one; then, as one more sorted list, the running sum of
+the second class's counts less two. It is a few varints, then the Elias-Fano code of the lists.
 """
 
 from __future__ import annotations
@@ -80,45 +80,54 @@ class SampledCodec:
         counts = np.rint(kept.values * self.num_draws).astype(np.int64)
         classes = np.where(counts > 1, _MANY, _ONE)
         classes[kept.ids == kept.top_ids[kept.positions]] = _TOP
-        pairs, order = self._pairs.encode(kept.num_positions, kept.positions, kept.ids, classes)
-        more = np.cumsum(counts[order][classes[order] == _MANY] - 2)
-        bounds = np.array([more[-1] + 1 if len(more) else 0])
-        code = elias_fano.encode(more, np.array([len(more)]), bounds)
-        return b"".join([pairs, varints.encode(bounds.tolist()), code.high, code.low])
+        values, lengths, order = self._pairs.encode(kept.positions, kept.ids, classes)
+        more = np.cumsum(np.append(0, counts[order][classes[order] == _MANY] - 2))
+        header = np.array([kept.num_positions, more[-1] + 1, *lengths])
+        lists = elias_fano.encode(np.concatenate([values, more]), *(part[0] for part in self._lists(header[None])))
+        return varints.encode(header.tolist()) + lists
 
     def decode(self, records: Sequence[bytes]) -> Kept:
         """Raises ValueError when a record is cut short."""
-        pairs = self._pairs.decode(records)
-        num_top, num_many, num_one = pairs.of_class.T
-        more = self._read_more(records, pairs.num_bytes, num_many)
-        num_pairs = pairs.of_class.sum(axis=1)
-        starts = np.cumsum(num_pairs) - num_pairs
-        counts = np.ones(len(pairs.ids), np.int32)
-        is_top = np.zeros(len(counts), bool)
-        place = 0
-        for start, top, many in zip(starts.tolist(), num_top.tolist(), num_many.tolist()):
-            is_top[start : start + top] = True
-            first = start + top
-            if many:
-                counts[first] = more[place] + 2
-                np.subtract(
-                    more[place + 1 : place + many], more[place : place + many - 1], out=counts[first + 1 : first + many]
-                )
-                counts[first + 1 : first + many] += 2
-                place += many
-        counts[is_top] = 0
-        others = np.bincount(pairs.positions, counts, int(pairs.num_positions.sum()))
-        top_positions = pairs.positions[is_top]
-        counts[is_top] = self.num_draws - others[top_positions].astype(np.int32)
-        top_ids = np.zeros(len(others), pairs.ids.dtype)
-        top_ids[top_positions] = pairs.ids[is_top]
-        return Kept(pairs.positions, pairs.ids, counts.astype(np.float32) / np.float32(self.num_draws), top_ids)
+        headers, codes = [], []
+        for record in records:
+            header, end = varints.decode(record, 2 + self._pairs.num_lists)
+            headers.append(header)
+            codes.append(record[end:])
+        numbers = np.array(headers, np.int64).reshape(len(records), 2 + self._pairs.num_lists)
+        lengths, bounds = self._lists(numbers)
+        values = elias_fano.decode(codes, lengths, bounds)
+        of_class = lengths[:, :-1].reshape(len(records), 3, -1).sum(axis=2)
+        counts = np.repeat(np.tile(np.array([0, 2, 1], values.dtype), len(records)), of_class.ravel())
+        pairs, start, first = [values[:0]], 0, 0
+        for top, many, one in of_class.tolist():
+            last = first + top + many + one
+            pairs.append(values[first:last])
+            more = values[last : last + many + 1]
+            counts[start + top : start + top + many] += more[1:] - more[:-1]
+            start += last - first
+            first = last + many + 1
+        num_positions = numbers[:, 0]
+        positions, ids = self._pairs.decode(np.concatenate(pairs), lengths[:, :-1], num_positions)
+        return self._kept(positions, ids, counts.astype(np.float32), int(num_positions.sum()))
 
-    def _read_more(self, records: Sequence[bytes], starts: list[int], num_many: np.ndarray) -> np.ndarray:
-        codes, bounds = [], []
-        for record, start, length in zip(records, starts, num_many.tolist()):
-            (bound,), taken = varints.decode(record[start:], 1)
-            bounds.append(bound)
-            low = elias_fano.num_low_bytes(np.array([length]), np.array([bound]))
-            codes.append(elias_fano.Code(record[start + taken : len(record) - low], record[len(record) - low :]))
-        return elias_fano.decode(codes, num_many[:, None], np.array(bounds)[:, None])
+    def _kept(self, positions: np.ndarray, ids: np.ndarray, counts: np.ndarray, num_positions: int) -> Kept:
+        """``counts`` [K] are 0 for the likeliest ids, which have what the others leave of the draws."""
+        others = torch.bincount(torch.from_numpy(positions), torch.from_numpy(counts), num_positions).numpy()
+        likeliest = np.flatnonzero(counts == 0.0)
+        at = positions[likeliest]
+        counts[likeliest] = self.num_draws - others[at]
+        counts /= self.num_draws
+        top_ids = np.zeros(num_positions, ids.dtype)
+        top_ids[at] = ids[likeliest]
+        return Kept(positions, ids, counts, top_ids)
+
+    def _lists(self, headers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Lengths and bounds [R, S] of the lists of records: those of the pairs, then the running sum of the counts.
+
+        ``headers`` [R, 1 + S] are the numbers that records begin with: number of positions, bound of the running sum,
+        lengths of the lists of pairs.
+        """
+        lengths = headers[:, 2:]
+        num_many = lengths.reshape(len(headers), 3, -1)[:, _MANY].sum(axis=1, keepdims=True) + 1
+        bounds = self._pairs.bounds(headers[:, 0])
+        return np.append(lengths, num_many, axis=1), np.append(bounds, headers[:, 1:2], axis=1)
