@@ -11,7 +11,7 @@ of bits follows from them.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -30,7 +30,8 @@ def encode(values: np.ndarray, lengths: np.ndarray, bounds: np.ndarray) -> bytes
     low_bits, high_sizes = _sizes(lengths, bounds)
     shift = np.repeat(low_bits, lengths)
     unary = np.zeros(high_sizes.sum(), np.uint8)
-    unary[(values >> shift) + np.arange(len(values)) + np.repeat(_starts(high_sizes) - _starts(lengths), lengths)] = 1
+    begins = np.repeat(_starts(high_sizes) - _starts(lengths), lengths)
+    unary[(values >> shift) + np.arange(len(values)) + begins] = 1
     place = np.arange(shift.sum()) - np.repeat(_starts(shift), shift)
     low = (np.repeat(values, shift) >> place).astype(np.uint8) & 1
     return b"".join(np.packbits(bits, bitorder="little").tobytes() for bits in (unary, low))
@@ -52,39 +53,41 @@ def decode(codes: Sequence[bytes], lengths: np.ndarray, bounds: np.ndarray) -> n
         if len(code) != size:
             raise ValueError(f"has {len(code)} of {size} bytes")
     cuts = high_bytes.tolist()
-    unary = np.unpackbits(_joined(code[:cut] for code, cut in zip(codes, cuts)), bitorder="little")
-    ones = np.flatnonzero(unary.view(bool))
-    lists, shifts = lengths.ravel(), low_bits.ravel()
-    starts = _starts(lists)
-    total = int(lists.sum())
+    ones = _ones(b"".join(code[:cut] for code, cut in zip(codes, cuts)))
+    words = _words(b"".join(code[cut:] for code, cut in zip(codes, cuts)))
+    lists, low_bits, total = lengths.ravel(), low_bits.ravel(), int(lengths.sum())
     if len(ones) != total:
         raise ValueError(f"holds {len(ones)} of {total} numbers")
-    wide = np.int64 if max(bounds.max(initial=0), 8 * low_bytes.sum()) >= 1 << 31 else np.int32
+    # every pass over all numbers counts: half as wide where that holds them, and in place
+    wide = np.int64 if max(bounds.max(initial=0), 8 * len(words)) >= 1 << 31 else np.int32
+    starts = _starts(lists)
     index = np.arange(total, dtype=wide)
     values = ones.astype(wide)
     values -= index
     values += np.repeat((starts - high_begins).astype(wide), lists)
-    shift = np.repeat(shifts.astype(wide), lists)
+    shift = np.repeat(low_bits.astype(wide), lists)
     values <<= shift
     at = index
     at *= shift
-    at += np.repeat((low_begins - starts * shifts).astype(wide), lists)
-    low = _words(_joined(code[cut:] for code, cut in zip(codes, cuts))).take(at >> 3, mode="clip")
+    at += np.repeat((low_begins - starts * low_bits).astype(wide), lists)
+    low = words.take(at >> 3, mode="clip")  # none is outside, and not to ask saves time
     at &= 7
     low >>= at
-    low &= np.repeat((1 << shifts.astype(np.int32)) - 1, lists)
+    low &= np.repeat((1 << low_bits.astype(np.int32)) - 1, lists)
     values |= low
     return values
 
 
-def _joined(parts: Iterable[bytes]) -> np.ndarray:
-    return np.frombuffer(b"".join(parts), np.uint8)
+def _ones(content: bytes) -> np.ndarray:
+    """Which bits are set."""
+    bits = np.unpackbits(np.frombuffer(content, np.uint8), bitorder="little")
+    return np.flatnonzero(bits.view(bool))
 
 
-def _words(octets: np.ndarray) -> np.ndarray:
+def _words(content: bytes) -> np.ndarray:
     """[len + 1] the four bytes from each one on, with zeros past the end."""
-    padded = np.concatenate([octets, np.zeros(4, np.uint8)])
-    return np.ndarray(len(octets) + 1, "<i4", padded, strides=(1,)).astype(np.int32)
+    unaligned = np.ndarray(len(content) + 1, "<i4", content + bytes(4), strides=(1,))
+    return unaligned.astype(np.int32)
 
 
 def _starts(sizes: np.ndarray) -> np.ndarray:
@@ -93,9 +96,9 @@ def _starts(sizes: np.ndarray) -> np.ndarray:
 
 def _begins(sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Of lists of ``sizes`` [C, S] bits, each code padded to a byte: [C * S] where they begin, [C] bytes of a code."""
-    ends = np.cumsum(sizes, axis=1)
-    num_bytes = (ends[:, -1] + 7) >> 3
-    return (ends - sizes + 8 * _starts(num_bytes)[:, None]).ravel(), num_bytes
+    num_bytes = (sizes.sum(axis=1) + 7) // 8
+    in_code = np.cumsum(sizes, axis=1) - sizes
+    return (in_code + 8 * _starts(num_bytes)[:, None]).ravel(), num_bytes
 
 
 def _sizes(lengths: np.ndarray, bounds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -57,7 +57,7 @@ class Kept:
         width = int(counts.max(initial=0))
         at = np.arange(len(order))
         at += np.repeat(np.arange(len(counts)) * width - starts, counts)
-        sorted_ids = self.ids.take(order).astype(np.int64)
+        sorted_ids = self.ids.astype(np.int64).take(order)
         first = np.zeros(len(counts), np.int64)
         first[counts > 0] = sorted_ids[starts[counts > 0]]
         ids = np.repeat(first, width)
@@ -69,7 +69,7 @@ class Kept:
 
 def joined(parts: Sequence[Kept]) -> Kept:
     """The parts laid end to end."""
-    offsets = np.cumsum([0] + [part.num_positions for part in parts])
+    offsets = np.cumsum([0] + [part.num_positions for part in parts]).tolist()
     tails = [part.tail for part in parts if part.tail is not None]
     return Kept(
         np.concatenate([part.positions + offset for part, offset in zip(parts, offsets)]),

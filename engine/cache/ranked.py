@@ -45,8 +45,12 @@ class RankedPairs:
         range_of = np.searchsorted(self._starts, rank, side="right") - 1
         list_of = classes * len(self._widths) + range_of
         value = (positions.astype(np.int64) << self._widths[range_of]) | (rank - self._starts[range_of])
-        order = np.argsort(list_of.astype(np.uint16), kind="stable")  # NumPy sorts 16 bits by radix, several times faster
-        order = order[np.argsort((list_of << 48 | value)[order], kind="stable")]  # than wider ones, unless almost sorted
+        order = np.argsort(
+            list_of.astype(np.uint16), kind="stable"
+        )  # NumPy sorts 16 bits by radix, several times faster
+        order = order[
+            np.argsort((list_of << 48 | value)[order], kind="stable")
+        ]  # than wider ones, unless almost sorted
         return value[order], np.bincount(list_of, minlength=self.num_lists), order
 
     def decode(

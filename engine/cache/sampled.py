@@ -12,6 +12,7 @@ the second class's counts less two. It is a few varints, then the Elias-Fano cod
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -19,11 +20,13 @@ from torch import Tensor
 
 from engine.cache import elias_fano, varints
 from engine.cache.distribution import TILE_IDS, Distributions
-from engine.cache.kept import Kept
+from engine.cache.kept import Kept, joined
 from engine.cache.ranked import RankedPairs
 
 _TOP, _MANY, _ONE = range(3)
 _BELOW_ONE = 1.0 - 1e-9
+_PIECE_BYTES = 1 << 17
+"""Records are decoded so many bytes at a time: their arrays stay in a core's caches and in memory that malloc keeps."""
 
 
 def draw_systematically(teacher: Distributions, offsets: Tensor, num_draws: int) -> Tensor:
@@ -88,6 +91,12 @@ class SampledCodec:
 
     def decode(self, records: Sequence[bytes]) -> Kept:
         """Raises ValueError when a record is cut short."""
+        piece_of = np.cumsum([len(record) for record in records]) // _PIECE_BYTES
+        cuts = (np.flatnonzero(np.diff(piece_of)) + 1).tolist()
+        pieces = [self._decode(records[start:end]) for start, end in pairwise([0, *cuts, len(records)])]
+        return pieces[0] if len(pieces) == 1 else joined(pieces)
+
+    def _decode(self, records: Sequence[bytes]) -> Kept:
         headers, codes = [], []
         for record in records:
             header, end = varints.decode(record, 2 + self._pairs.num_lists)
@@ -98,13 +107,13 @@ class SampledCodec:
         values = elias_fano.decode(codes, lengths, bounds)
         of_class = lengths[:, :-1].reshape(len(records), 3, -1).sum(axis=2)
         counts = np.repeat(np.tile(np.array([0, 2, 1], values.dtype), len(records)), of_class.ravel())
-        pairs, start, first = [values[:0]], 0, 0
+        pairs, place, first = [values[:0]], 0, 0
         for top, many, one in of_class.tolist():
             last = first + top + many + one
             pairs.append(values[first:last])
             more = values[last : last + many + 1]
-            counts[start + top : start + top + many] += more[1:] - more[:-1]
-            start += last - first
+            counts[place + top : place + top + many] += more[1:] - more[:-1]
+            place += last - first
             first = last + many + 1
         num_positions = numbers[:, 0]
         positions, ids = self._pairs.decode(np.concatenate(pairs), lengths[:, :-1], num_positions)
