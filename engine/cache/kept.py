@@ -54,17 +54,19 @@ class Kept:
         order = np.lexsort([(self.positions >> shift).astype(np.uint16) for shift in shifts])
         counts = torch.bincount(torch.from_numpy(self.positions), minlength=self.num_positions).numpy()
         starts = np.cumsum(counts) - counts
-        width = int(counts.max(initial=0))
-        at = np.arange(len(order))
-        at += np.repeat(np.arange(len(counts)) * width - starts, counts)
+        shape = len(counts), int(counts.max(initial=0))
+        place = np.arange(len(order))
+        place += np.repeat(np.arange(shape[0]) * shape[1] - starts, counts)
+        at = torch.from_numpy(place)
         sorted_ids = self.ids.astype(np.int64).take(order)
-        first = np.zeros(len(counts), np.int64)
-        first[counts > 0] = sorted_ids[starts[counts > 0]]
-        ids = np.repeat(first, width)
-        values = np.zeros(ids.shape, np.float32)
-        torch.from_numpy(ids).scatter_(0, torch.from_numpy(at), torch.from_numpy(sorted_ids))
-        torch.from_numpy(values).scatter_(0, torch.from_numpy(at), torch.from_numpy(self.values.take(order)))
-        return ids.reshape(-1, width), values.reshape(-1, width)
+        filled = counts > 0
+        first = np.zeros(shape[0], np.int64)
+        first[filled] = sorted_ids[starts[filled]]
+        ids = np.repeat(first, shape[1])
+        values = np.zeros(len(ids), np.float32)
+        torch.from_numpy(ids).scatter_(0, at, torch.from_numpy(sorted_ids))
+        torch.from_numpy(values).scatter_(0, at, torch.from_numpy(self.values.take(order)))
+        return ids.reshape(shape), values.reshape(shape)
 
 
 def joined(parts: Sequence[Kept]) -> Kept:

@@ -12,7 +12,6 @@ the second class's counts less two. It is a few varints, then the Elias-Fano cod
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
 
 import numpy as np
 import torch
@@ -91,10 +90,16 @@ class SampledCodec:
 
     def decode(self, records: Sequence[bytes]) -> Kept:
         """Raises ValueError when a record is cut short."""
-        piece_of = np.cumsum([len(record) for record in records]) // _PIECE_BYTES
-        cuts = (np.flatnonzero(np.diff(piece_of)) + 1).tolist()
-        pieces = [self._decode(records[start:end]) for start, end in pairwise([0, *cuts, len(records)])]
-        return pieces[0] if len(pieces) == 1 else joined(pieces)
+        pieces: list[list[bytes]] = [[]]
+        size = 0
+        for record in records:
+            if size >= _PIECE_BYTES:
+                pieces.append([])
+                size = 0
+            pieces[-1].append(record)
+            size += len(record)
+        parts = [self._decode(piece) for piece in pieces]
+        return parts[0] if len(parts) == 1 else joined(parts)
 
     def _decode(self, records: Sequence[bytes]) -> Kept:
         headers, codes = [], []
@@ -105,7 +110,7 @@ class SampledCodec:
         numbers = np.array(headers, np.int64).reshape(len(records), 2 + self._pairs.num_lists)
         lengths, bounds = self._lists(numbers)
         values = elias_fano.decode(codes, lengths, bounds)
-        of_class = lengths[:, :-1].reshape(len(records), 3, -1).sum(axis=2)
+        of_class = self._of_class(lengths[:, :-1])
         counts = np.repeat(np.tile(np.array([0, 2, 1], values.dtype), len(records)), of_class.ravel())
         pairs, place, first = [values[:0]], 0, 0
         for top, many, one in of_class.tolist():
@@ -137,6 +142,10 @@ class SampledCodec:
         lengths of the lists of pairs.
         """
         lengths = headers[:, 2:]
-        num_many = lengths.reshape(len(headers), 3, -1)[:, _MANY].sum(axis=1, keepdims=True) + 1
+        num_many = self._of_class(lengths)[:, _MANY, None] + 1
         bounds = self._pairs.bounds(headers[:, 0])
         return np.append(lengths, num_many, axis=1), np.append(bounds, headers[:, 1:2], axis=1)
+
+    def _of_class(self, lengths: np.ndarray) -> np.ndarray:
+        """[R, 3] how many pairs of each class, for the lists of pairs."""
+        return lengths.reshape(-1, 3, self._pairs.num_lists // 3).sum(axis=2)

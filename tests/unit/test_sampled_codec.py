@@ -134,6 +134,18 @@ def test_padded_rows_hold_every_pair_once() -> None:
     assert all(set(row) == set(read.ids[read.positions == number]) for number, row in enumerate(ids))
 
 
+@pytest.mark.parametrize("num_positions", [0, 3])
+def test_nothing_padded_is_nothing(num_positions: int) -> None:
+    nothing = np.empty(0, np.int32)
+    ids, values = Kept(nothing, nothing, np.empty(0, np.float32), np.zeros(num_positions, np.int32)).padded()
+    assert ids.shape == values.shape == (num_positions, 0)
+
+
+def test_no_records_are_nothing() -> None:
+    read = SampledCodec(ranking(), 3).decode([])
+    assert read.num_positions == len(read.positions) == len(read.ids) == len(read.values) == 0
+
+
 def test_padded_rows_past_2_to_the_16th_position() -> None:
     chance = np.random.default_rng(4)
     positions = chance.permutation(np.repeat(np.arange(70_000), 2))
