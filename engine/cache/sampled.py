@@ -128,7 +128,7 @@ class SampledCodec:
         """``counts`` [K] are 0 for the likeliest ids, which have what the others leave of the draws."""
         others = torch.bincount(torch.from_numpy(positions), torch.from_numpy(counts), num_positions).numpy()
         likeliest = np.flatnonzero(counts == 0.0)
-        at = positions[likeliest]
+        at = positions[likeliest].astype(np.int64)
         counts[likeliest] = self.num_draws - others[at]
         counts /= self.num_draws
         top_ids = np.zeros(num_positions, ids.dtype)
