@@ -45,12 +45,9 @@ class RankedPairs:
         range_of = np.searchsorted(self._starts, rank, side="right") - 1
         list_of = classes * len(self._widths) + range_of
         value = (positions.astype(np.int64) << self._widths[range_of]) | (rank - self._starts[range_of])
-        order = np.argsort(
-            list_of.astype(np.uint16), kind="stable"
-        )  # NumPy sorts 16 bits by radix, several times faster
-        order = order[
-            np.argsort((list_of << 48 | value)[order], kind="stable")
-        ]  # than wider ones, unless almost sorted
+        # NumPy sorts 16 bits by radix; after that the whole is almost sorted, which is quick as well
+        order = np.argsort(list_of.astype(np.uint16), kind="stable")
+        order = order[np.argsort((list_of << 48 | value)[order], kind="stable")]
         return value[order], np.bincount(list_of, minlength=self.num_lists), order
 
     def decode(
@@ -63,7 +60,6 @@ class RankedPairs:
             lengths: [R, num_lists] of each list.
             num_positions: [R] of each record.
         """
-
         each = lengths.ravel()
         widths, starts = np.tile(self._of_lists.astype(values.dtype), len(lengths))
         width = np.repeat(widths, each)

@@ -22,10 +22,10 @@ from engine.cache.distribution import TILE_IDS, Distributions
 from engine.cache.kept import Kept, joined
 from engine.cache.ranked import RankedPairs
 
-_TOP, _MANY, _ONE = range(3)
-_BELOW_ONE = 1.0 - 1e-9
 _PIECE_BYTES = 1 << 17
 """Records are decoded so many bytes at a time: their arrays stay in a core's caches and in memory that malloc keeps."""
+_TOP, _MANY, _ONE = range(3)
+_BELOW_ONE = 1.0 - 1e-9
 
 
 def draw_systematically(teacher: Distributions, offsets: Tensor, num_draws: int) -> Tensor:
@@ -112,6 +112,7 @@ class SampledCodec:
         values = elias_fano.decode(codes, lengths, bounds)
         of_class = self._of_class(lengths[:, :-1])
         counts = np.repeat(np.tile(np.array([0, 2, 1], values.dtype), len(records)), of_class.ravel())
+        # a record's lists of pairs, then the running sum; ``place`` counts the pairs, ``first`` all numbers
         pairs, place, first = [values[:0]], 0, 0
         for top, many, one in of_class.tolist():
             last = first + top + many + one
