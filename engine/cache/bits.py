@@ -21,7 +21,7 @@ def unpack(contents: Sequence[bytes], counts: np.ndarray, widths: np.ndarray) ->
     """All numbers of several strings, one after another, int64.
 
     Args:
-        counts: [C, L]: string c holds, for each l in turn, counts[c, l] numbers of widths[l] bits.
+        counts: [C, L]: string c holds, for each l in turn, counts[c, l] numbers of widths[l] bits, at most 25.
 
     Raises ValueError when a string is shorter than that.
     """
@@ -35,19 +35,11 @@ def unpack(contents: Sequence[bytes], counts: np.ndarray, widths: np.ndarray) ->
     width = np.repeat(np.tile(widths, len(contents)), lists)
     index = np.arange(len(width)) - np.repeat(np.cumsum(lists) - lists, lists)
     at = np.repeat((starts[:, None] + in_content).ravel(), lists) + index * width
-    return at_bits(b"".join(contents), at, width, int(widths.max())).astype(np.int64)
+    words = four_bytes_from_each(b"".join(contents)).take(at >> 3, mode="clip")
+    return (words >> (at & 7)) & ((1 << width) - 1)
 
 
-def at_bits(content: bytes, at: np.ndarray, widths: np.ndarray, widest: int) -> np.ndarray:
-    """[K] ``widths`` bits, at most ``widest``, which is at most 33, of ``content`` from each bit ``at`` on."""
-    if widest <= 25:  # they lie in the four bytes from the first one's on
-        octets = np.frombuffer(content + bytes(4), np.uint8).astype(np.uint32)
-        words = octets[:-3] | octets[1:-2] << np.uint32(8) | octets[2:-1] << np.uint32(16) | octets[3:] << np.uint32(24)
-        low = words[at >> 3]
-        low >>= (at & 7).astype(np.uint32)
-        low &= (np.uint32(1) << widths.astype(np.uint32)) - np.uint32(1)
-        return low.view(np.int32)
-    aligned = np.frombuffer(content + bytes(8 + -len(content) % 4), "<u4").astype(np.uint64)
-    aligned[:-1] |= aligned[1:] << np.uint64(32)
-    low = aligned[at >> 5] >> (at & 31).astype(np.uint64)
-    return low.astype(np.int64) & ((np.int64(1) << widths) - 1)
+def four_bytes_from_each(content: bytes) -> np.ndarray:
+    """[len + 1] int32: the four bytes from each one on, with zeros past the end; they hold 25 bits from any bit."""
+    unaligned = np.ndarray(len(content) + 1, "<i4", content + bytes(4), strides=(1,))
+    return unaligned.astype(np.int32)

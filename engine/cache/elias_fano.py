@@ -4,57 +4,43 @@ Elias, "Efficient storage and retrieval by content and address of static files",
 of n numbers below u is cut at bit l = floor(log2(u / n)): the low parts are stored as they are, l bits each, the high
 parts in unary, about 2 bits each. That is within 0.6 bits a number of the information in a random set.
 
-Bits of a byte count from the lowest. A code is two strings, the high and the low bits of its lists one after another,
-each padded to a byte. How many numbers each list holds, and their bounds, must be known to the reader.
+Bits of a byte count from the lowest. A code is the high bits of its lists one after another, then their low bits, each
+of the two padded to a byte. How many numbers each list holds, and their bounds, must be known to the reader; the number
+of bits follows from them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import numpy as np
 
-MAX_BOUND = 1 << 33
-"""Low parts are at most 33 bits: what two aligned words of four bytes hold from any bit of the first on."""
+from engine.cache.bits import four_bytes_from_each
+
+_MOST_LOW_BITS = 25
+"""Four bytes hold so many from any bit of the first on. A longer high part costs a bit for each 2^25 of the bound."""
 
 
-class Code(NamedTuple):
-    high: bytes
-    low: bytes
-
-
-def encode(values: np.ndarray, lengths: np.ndarray, bounds: np.ndarray) -> Code:
+def encode(values: np.ndarray, lengths: np.ndarray, bounds: np.ndarray) -> bytes:
     """The lists one after another, sorted each.
 
     Args:
         values: [sum(lengths)] int64, each list's below its bound.
         lengths: [S] int64, of each list.
-        bounds: [S] int64, at most MAX_BOUND.
+        bounds: [S] int64.
     """
-    assert len(bounds) == 0 or bounds.max() <= MAX_BOUND
-    if len(values) == 0:
-        return Code(b"", b"")
-    low_bits = _low_bits(lengths, bounds)
-    starts = np.cumsum(lengths) - lengths
+    low_bits, high_sizes = _sizes(lengths, bounds)
     shift = np.repeat(low_bits, lengths)
-    high = (values >> shift) + np.arange(len(values)) - np.repeat(starts, lengths)
-    widths = np.where(lengths > 0, high[np.maximum(starts + lengths, 1) - 1] + 1, 0)
-    unary = np.zeros(int(widths.sum()), np.uint8)
-    unary[high + np.repeat(np.cumsum(widths) - widths, lengths)] = 1
-    ends = np.cumsum(shift)
-    place = np.arange(int(ends[-1])) - np.repeat(ends - shift, shift)
+    unary = np.zeros(high_sizes.sum(), np.uint8)
+    begins = np.repeat(_starts(high_sizes) - _starts(lengths), lengths)
+    unary[(values >> shift) + np.arange(len(values)) + begins] = 1
+    place = np.arange(shift.sum()) - np.repeat(_starts(shift), shift)
     low = (np.repeat(values, shift) >> place).astype(np.uint8) & 1
-    return Code(*(np.packbits(bits, bitorder="little").tobytes() for bits in (unary, low)))
+    return b"".join(np.packbits(bits, bitorder="little").tobytes() for bits in (unary, low))
 
 
-def num_low_bytes(lengths: np.ndarray, bounds: np.ndarray) -> int:
-    """How many bytes the low bits of these lists take."""
-    return (int((lengths * _low_bits(lengths, bounds)).sum()) + 7) // 8
-
-
-def decode(codes: Sequence[Code], lengths: np.ndarray, bounds: np.ndarray) -> np.ndarray:
-    """The lists of all codes one after another, [lengths.sum()].
+def decode(codes: Sequence[bytes], lengths: np.ndarray, bounds: np.ndarray) -> np.ndarray:
+    """The lists of all codes one after another, [lengths.sum()], int32 where that holds them.
 
     Args:
         lengths: [C, S] int64: each code has S lists.
@@ -62,56 +48,63 @@ def decode(codes: Sequence[Code], lengths: np.ndarray, bounds: np.ndarray) -> np
 
     Raises ValueError when the codes do not hold them.
     """
-    lists, of_code = lengths.ravel(), lengths.sum(axis=1)
-    total = int(of_code.sum())
-    if total == 0:
-        return np.empty(0, np.int64)
-    wide = np.int64 if max(int(bounds.max()), 8 * sum(len(code.low) for code in codes)) >= 1 << 31 else np.int32
-    unary = np.unpackbits(np.frombuffer(b"".join(code.high for code in codes), np.uint8), bitorder="little")
-    ones = np.flatnonzero(unary.view(bool))
+    low_bits, high_sizes = _sizes(lengths, bounds)
+    high_begins, high_bytes = _begins(high_sizes)
+    low_begins, low_bytes = _begins(lengths * low_bits)
+    for code, size in zip(codes, (high_bytes + low_bytes).tolist()):
+        if len(code) != size:
+            raise ValueError(f"has {len(code)} of {size} bytes")
+    cuts = high_bytes.tolist()
+    ones = _ones(b"".join(code[:cut] for code, cut in zip(codes, cuts)))
+    words = four_bytes_from_each(b"".join(code[cut:] for code, cut in zip(codes, cuts)))
+    lists, low_bits, total = lengths.ravel(), low_bits.ravel(), int(lengths.sum())
     if len(ones) != total:
         raise ValueError(f"holds {len(ones)} of {total} numbers")
-    high_start, low_start = (8 * _starts([len(code[part]) for code in codes]) for part in (0, 1))
+    # every pass over all numbers counts: half as wide where that holds them, and in place
+    wide = np.int64 if max(bounds.max(initial=0), 8 * len(words)) >= 1 << 31 else np.int32
     starts = _starts(lists)
-    # a list begins after the last one of the list before it, or where its code begins
-    before = np.where(starts > 0, ones[starts - 1] + 1, 0)
-    is_first = (starts.reshape(lengths.shape) == _starts(of_code)[:, None]).ravel()
-    before[is_first] = np.repeat(high_start, lengths.shape[1])[is_first]
-    low_bits = _low_bits(lists, bounds.ravel())
-    taken = (lists * low_bits).reshape(lengths.shape)
-    at_list = low_start[:, None] + np.cumsum(taken, axis=1) - taken
-    shift = np.repeat(low_bits.astype(wide), lists)
     index = np.arange(total, dtype=wide)
-    high = ones.astype(wide)
-    high -= index
-    high += np.repeat((starts - before).astype(wide), lists)
-    high <<= shift
+    values = ones.astype(wide)
+    values -= index
+    values += np.repeat((starts - high_begins).astype(wide), lists)
+    shift = np.repeat(low_bits.astype(wide), lists)
+    values <<= shift
     at = index
     at *= shift
-    at += np.repeat((at_list.ravel() - starts * low_bits).astype(wide), lists)
-    high |= _bits_at(b"".join(code.low for code in codes), at, shift, int(low_bits.max()))
-    return high
+    at += np.repeat((low_begins - starts * low_bits).astype(wide), lists)
+    low = words.take(at >> 3, mode="clip")  # none is outside, and not to ask saves time
+    at &= 7
+    low >>= at
+    low &= np.repeat((1 << low_bits.astype(np.int32)) - 1, lists)
+    values |= low
+    return values
 
 
-def _bits_at(content: bytes, at: np.ndarray, count: np.ndarray, most: int) -> np.ndarray:
-    """[K] ``count`` bits, at most ``most``, of ``content`` from each bit ``at`` on."""
-    if most <= 25:  # they lie in the four bytes from the first one's on
-        octets = np.frombuffer(content + bytes(4), np.uint8).astype(np.uint32)
-        words = octets[:-3] | octets[1:-2] << np.uint32(8) | octets[2:-1] << np.uint32(16) | octets[3:] << np.uint32(24)
-        low = words[at >> 3]
-        low >>= (at & 7).astype(np.uint32)
-        low &= (np.uint32(1) << count.astype(np.uint32)) - np.uint32(1)
-        return low.view(np.int32)
-    aligned = np.frombuffer(content + bytes(8 + -len(content) % 4), "<u4").astype(np.uint64)
-    aligned[:-1] |= aligned[1:] << np.uint64(32)
-    low = aligned[at >> 5] >> (at & 31).astype(np.uint64)
-    return low.astype(np.int64) & ((np.int64(1) << count) - 1)
+def num_bytes(lengths: np.ndarray, bounds: np.ndarray) -> np.ndarray:
+    """[C] how long the code of each row of lists is."""
+    low_bits, high_sizes = _sizes(lengths, bounds)
+    return _begins(high_sizes)[1] + _begins(lengths * low_bits)[1]
 
 
-def _starts(sizes: Sequence[int] | np.ndarray) -> np.ndarray:
+def _ones(content: bytes) -> np.ndarray:
+    """Which bits are set."""
+    bits = np.unpackbits(np.frombuffer(content, np.uint8), bitorder="little")
+    return np.flatnonzero(bits.view(bool))
+
+
+def _starts(sizes: np.ndarray) -> np.ndarray:
     return np.cumsum(sizes) - sizes
 
 
-def _low_bits(lengths: np.ndarray, bounds: np.ndarray) -> np.ndarray:
+def _begins(sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Of lists of ``sizes`` [C, S] bits, each code padded to a byte: [C * S] where they begin, [C] bytes of a code."""
+    num_bytes = (sizes.sum(axis=1) + 7) // 8
+    in_code = np.cumsum(sizes, axis=1) - sizes
+    return (in_code + 8 * _starts(num_bytes)[:, None]).ravel(), num_bytes
+
+
+def _sizes(lengths: np.ndarray, bounds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """How many low bits a number of each list has, and how many high bits the list has."""
     ratio = np.maximum(bounds // np.maximum(lengths, 1), 1)
-    return np.frexp(ratio.astype(np.float64))[1].astype(np.int64) - 1
+    low_bits = np.minimum(np.frexp(ratio.astype(np.float64))[1] - 1, _MOST_LOW_BITS).astype(np.int64)
+    return low_bits, np.where(lengths > 0, (bounds - 1 >> low_bits) + lengths, 0)

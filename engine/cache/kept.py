@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
 
 @dataclass(frozen=True)
@@ -48,28 +49,29 @@ class Kept:
 
         Rows are filled up with their first id and the value 0; a position without any with id 0.
         """
-        order = np.argsort(
-            self.positions.astype(np.uint16 if self.num_positions <= 1 << 16 else np.int64), kind="stable"
-        )
-        positions = self.positions[order]
-        counts = np.bincount(positions, minlength=self.num_positions)
-        width = int(counts.max(initial=0))
+        # NumPy sorts 16 bits by radix, several times faster than wider numbers
+        shifts = range(0, max(self.num_positions.bit_length(), 1), 16)
+        order = np.lexsort([(self.positions >> shift).astype(np.uint16) for shift in shifts])
+        counts = torch.bincount(torch.from_numpy(self.positions), minlength=self.num_positions).numpy()
         starts = np.cumsum(counts) - counts
-        slots = np.arange(len(positions)) - np.repeat(starts, counts)
-        sorted_ids = self.ids[order]
-        first = np.zeros(self.num_positions, np.int64)
-        first[counts > 0] = sorted_ids[starts[counts > 0]]
-        ids = np.repeat(first[:, None], width, axis=1)
-        values = np.zeros((self.num_positions, width), np.float32)
-        at = positions * width + slots
-        ids.ravel()[at] = sorted_ids
-        values.ravel()[at] = self.values[order]
-        return ids, values
+        shape = len(counts), int(counts.max(initial=0))
+        place = np.arange(len(order))
+        place += np.repeat(np.arange(shape[0]) * shape[1] - starts, counts)
+        at = torch.from_numpy(place)
+        sorted_ids = self.ids.astype(np.int64).take(order)
+        filled = counts > 0
+        first = np.zeros(shape[0], np.int64)
+        first[filled] = sorted_ids[starts[filled]]
+        ids = np.repeat(first, shape[1])
+        values = np.zeros(len(ids), np.float32)
+        torch.from_numpy(ids).scatter_(0, at, torch.from_numpy(sorted_ids))
+        torch.from_numpy(values).scatter_(0, at, torch.from_numpy(self.values.take(order)))
+        return ids.reshape(shape), values.reshape(shape)
 
 
 def joined(parts: Sequence[Kept]) -> Kept:
     """The parts laid end to end."""
-    offsets = np.cumsum([0] + [part.num_positions for part in parts])
+    offsets = np.cumsum([0] + [part.num_positions for part in parts]).tolist()
     tails = [part.tail for part in parts if part.tail is not None]
     return Kept(
         np.concatenate([part.positions + offset for part, offset in zip(parts, offsets)]),

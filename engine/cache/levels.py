@@ -2,8 +2,8 @@
 
 What an error e of a log-probability costs in KL is about p e^2 / 2, so equal cost for every id means errors in
 proportion to 1 / sqrt(p): whole numbers in even steps of sqrt(p). Below the probability where those steps would
-exceed 2 max_error nats, steps are even in log p instead. So the error is at most max_error, and at most
-FINE_STEP / sqrt(p).
+err by more than max_error nats, steps are even in log p instead. So the error is at most max_error, and about
+FINE_STEP / sqrt(p) at most where that is less.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ class Levels:
 
     def __init__(self, max_error: float) -> None:
         self._step = 2.0 * max_error
-        self._turn = max(0.0, 2.0 * math.log(self._step / (2.0 * FINE_STEP)))
+        # half a step of sqrt(p) downwards changes log p the most, by -2 log(1 - FINE_STEP / 2 / sqrt(p))
+        self._turn = max(0.0, -2.0 * math.log(FINE_STEP / 2.0 / -math.expm1(-max_error / 2.0)))
         self._turn_level = (1.0 - math.exp(-self._turn / 2.0)) / FINE_STEP
         self.highest = math.ceil(self._turn_level + (FLOOR - self._turn) / self._step)
 

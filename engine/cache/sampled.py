@@ -5,8 +5,8 @@ The target of id i is count_i / num_draws, whose expectation is the teacher's p_
 the cumulative distribution, so that an id's count is never more than one from num_draws * p_i.
 
 A record holds the draws of one sample as ranked pairs of three classes: the teacher's likeliest id (whose count
-follows from the others), counts of two and more, and counts of one; then, as a sorted list, the running sum of the
-second class's counts less two.
+follows from the others), counts of two and more, and counts of one; then, as one more sorted list, the running sum of
+the second class's counts less two. It is a few varints, then the Elias-Fano code of the lists.
 """
 
 from __future__ import annotations
@@ -18,47 +18,14 @@ import torch
 from torch import Tensor
 
 from engine.cache import elias_fano, varints
-from engine.cache.distribution import TILE_IDS, Distributions
-from engine.cache.kept import Kept
+from engine.cache.distribution import Distributions
+from engine.cache.drawing import counted, draw_systematically
+from engine.cache.kept import Kept, joined
 from engine.cache.ranked import RankedPairs
 
+_PIECE_BYTES = 1 << 17
+"""Records are decoded so many bytes at a time: their arrays stay in a core's caches and in memory that malloc keeps."""
 _TOP, _MANY, _ONE = range(3)
-_BELOW_ONE = 1.0 - 1e-9
-
-
-def draw_systematically(teacher: Distributions, offsets: Tensor, num_draws: int) -> Tensor:
-    """[C, num_draws] ids, rising: equal strides along the cumulative distribution of each row.
-
-    The cumulative distribution is formed over tiles of ids first, and inside a tile only where a draw falls.
-    ``offsets`` [C] float64 are uniform in [0, 1).
-    """
-    tiles = teacher.mass.view(-1, TILE_IDS)
-    ends = teacher.tile_mass.cumsum(dim=1)
-    num_rows, num_tiles = ends.shape
-    strides = torch.arange(num_draws, device=ends.device, dtype=torch.float64)
-    points = (offsets.unsqueeze(1) + strides).mul_(1.0 / num_draws).clamp_(max=_BELOW_ONE) * ends[:, -1:]
-    tile = torch.searchsorted(ends, points, right=True)
-    in_all = (tile + torch.arange(num_rows, device=ends.device).unsqueeze(1) * num_tiles).flatten()
-    met, which = torch.unique_consecutive(in_all, return_inverse=True)
-    inside = tiles[met].double().cumsum_(dim=1)
-    mass = inside[:, -1:].clone()
-    begin = ends.flatten()[met] - teacher.tile_mass.flatten()[met]
-    share = ((points.flatten() - begin[which]) / mass.squeeze(1)[which]).clamp_(0.0, _BELOW_ONE)
-    # one rising line through all tiles that were met: number m covers (2m, 2m + 1]
-    line = inside.div_(mass).add_(torch.arange(0, 2 * len(met), 2, device=ends.device).unsqueeze(1))
-    in_line = torch.searchsorted(line.flatten(), share + 2 * which, right=True)
-    return tile * TILE_IDS + (in_line - which * TILE_IDS).view_as(tile)
-
-
-def counted(drawn: Tensor, top_ids: Tensor) -> Kept:
-    """[P, num_draws] drawn ids, rising in each row -> each id once, with its share of the draws."""
-    is_first = torch.ones_like(drawn, dtype=torch.bool)
-    is_first[:, 1:] = drawn[:, 1:] != drawn[:, :-1]
-    first = is_first.flatten().nonzero().squeeze(1)
-    counts = torch.diff(first, append=first.new_tensor([drawn.numel()]))
-    positions, ids = first // drawn.shape[1], drawn.flatten()[first]
-    shares = counts.float() / drawn.shape[1]
-    return Kept(*(part.cpu().numpy() for part in (positions, ids, shares, top_ids)))
 
 
 class SampledCodec:
@@ -80,45 +47,71 @@ class SampledCodec:
         counts = np.rint(kept.values * self.num_draws).astype(np.int64)
         classes = np.where(counts > 1, _MANY, _ONE)
         classes[kept.ids == kept.top_ids[kept.positions]] = _TOP
-        pairs, order = self._pairs.encode(kept.num_positions, kept.positions, kept.ids, classes)
-        more = np.cumsum(counts[order][classes[order] == _MANY] - 2)
-        bounds = np.array([more[-1] + 1 if len(more) else 0])
-        code = elias_fano.encode(more, np.array([len(more)]), bounds)
-        return b"".join([pairs, varints.encode(bounds.tolist()), code.high, code.low])
+        values, lengths, order = self._pairs.encode(kept.positions, kept.ids, classes)
+        more = np.cumsum(np.append(0, counts[order][classes[order] == _MANY] - 2))
+        header = np.array([kept.num_positions, more[-1] + 1, *lengths])
+        lists = elias_fano.encode(np.concatenate([values, more]), *(part[0] for part in self._lists(header[None])))
+        return varints.encode(header.tolist()) + lists
 
     def decode(self, records: Sequence[bytes]) -> Kept:
         """Raises ValueError when a record is cut short."""
-        pairs = self._pairs.decode(records)
-        num_top, num_many, _ = pairs.of_class.T
-        more = self._read_more(records, pairs.num_bytes, num_many)
-        num_pairs = pairs.of_class.sum(axis=1)
-        starts = np.cumsum(num_pairs) - num_pairs
-        counts = np.ones(len(pairs.ids), np.int32)
-        is_top = np.zeros(len(counts), bool)
-        place = 0
-        for start, top, many in zip(starts.tolist(), num_top.tolist(), num_many.tolist()):
-            is_top[start : start + top] = True
-            first = start + top
-            if many:
-                counts[first] = more[place] + 2
-                np.subtract(
-                    more[place + 1 : place + many], more[place : place + many - 1], out=counts[first + 1 : first + many]
-                )
-                counts[first + 1 : first + many] += 2
-                place += many
-        counts[is_top] = 0
-        others = np.bincount(pairs.positions, counts, int(pairs.num_positions.sum()))
-        top_positions = pairs.positions[is_top]
-        counts[is_top] = self.num_draws - others[top_positions].astype(np.int32)
-        top_ids = np.zeros(len(others), pairs.ids.dtype)
-        top_ids[top_positions] = pairs.ids[is_top]
-        return Kept(pairs.positions, pairs.ids, counts.astype(np.float32) / np.float32(self.num_draws), top_ids)
+        pieces: list[list[bytes]] = [[]]
+        size = 0
+        for record in records:
+            if size >= _PIECE_BYTES:
+                pieces.append([])
+                size = 0
+            pieces[-1].append(record)
+            size += len(record)
+        parts = [self._decode(piece) for piece in pieces]
+        return parts[0] if len(parts) == 1 else joined(parts)
 
-    def _read_more(self, records: Sequence[bytes], starts: list[int], num_many: np.ndarray) -> np.ndarray:
-        codes, bounds = [], []
-        for record, start, length in zip(records, starts, num_many.tolist()):
-            (bound,), taken = varints.decode(record[start:], 1)
-            bounds.append(bound)
-            low = elias_fano.num_low_bytes(np.array([length]), np.array([bound]))
-            codes.append(elias_fano.Code(record[start + taken : len(record) - low], record[len(record) - low :]))
-        return elias_fano.decode(codes, num_many[:, None], np.array(bounds)[:, None])
+    def _decode(self, records: Sequence[bytes]) -> Kept:
+        headers, codes = [], []
+        for record in records:
+            header, end = varints.decode(record, 2 + self._pairs.num_lists)
+            headers.append(header)
+            codes.append(record[end:])
+        numbers = np.array(headers, np.int64).reshape(len(records), 2 + self._pairs.num_lists)
+        lengths, bounds = self._lists(numbers)
+        values = elias_fano.decode(codes, lengths, bounds)
+        of_class = self._of_class(lengths[:, :-1])
+        counts = np.repeat(np.tile(np.array([0, 2, 1], values.dtype), len(records)), of_class.ravel())
+        # a record's lists of pairs, then the running sum; ``place`` counts the pairs, ``first`` all numbers
+        pairs, place, first = [values[:0]], 0, 0
+        for top, many, one in of_class.tolist():
+            last = first + top + many + one
+            pairs.append(values[first:last])
+            more = values[last : last + many + 1]
+            counts[place + top : place + top + many] += more[1:] - more[:-1]
+            place += last - first
+            first = last + many + 1
+        num_positions = numbers[:, 0]
+        positions, ids = self._pairs.decode(np.concatenate(pairs), lengths[:, :-1], num_positions)
+        return self._kept(positions, ids, counts.astype(np.float32), int(num_positions.sum()))
+
+    def _kept(self, positions: np.ndarray, ids: np.ndarray, counts: np.ndarray, num_positions: int) -> Kept:
+        """``counts`` [K] are 0 for the likeliest ids, which have what the others leave of the draws."""
+        others = torch.bincount(torch.from_numpy(positions), torch.from_numpy(counts), num_positions).numpy()
+        likeliest = np.flatnonzero(counts == 0.0)
+        at = positions[likeliest].astype(np.int64)
+        counts[likeliest] = self.num_draws - others[at]
+        counts /= self.num_draws
+        top_ids = np.zeros(num_positions, ids.dtype)
+        top_ids[at] = ids[likeliest]
+        return Kept(positions, ids, counts, top_ids)
+
+    def _lists(self, headers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Lengths and bounds [R, S] of the lists of records: those of the pairs, then the running sum of the counts.
+
+        ``headers`` [R, 1 + S] are the numbers that records begin with: number of positions, bound of the running sum,
+        lengths of the lists of pairs.
+        """
+        lengths = headers[:, 2:]
+        num_many = self._of_class(lengths)[:, _MANY, None] + 1
+        bounds = self._pairs.bounds(headers[:, 0])
+        return np.append(lengths, num_many, axis=1), np.append(bounds, headers[:, 1:2], axis=1)
+
+    def _of_class(self, lengths: np.ndarray) -> np.ndarray:
+        """[R, 3] how many pairs of each class, for the lists of pairs."""
+        return lengths.reshape(-1, 3, self._pairs.num_lists // 3).sum(axis=2)

@@ -16,7 +16,7 @@ from engine.cache import varints
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _FP8 = torch.float8_e4m3fn
 _FP8_MAX = 448.0
-RELATIVE_ERROR = {"fp32": 0.0, "fp16": 2.0**-11, "bf16": 2.0**-9, "fp8": 2.0**-4}
+RELATIVE_ERROR = {"fp32": 0.0, "fp16": 2.0**-11, "bf16": 2.0**-8, "fp8": 2.0**-4}
 """Of a value of normal size, at most; in fp8 of one that is not tiny beside the row's largest."""
 
 

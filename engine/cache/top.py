@@ -1,8 +1,9 @@
 """The ``top_k`` and ``top_p`` codecs: the likeliest ids with their log-probabilities, and the mass of the rest.
 
 A record holds the kept ids of one sample as ranked pairs. The class of a pair is the coarse part of its level (see
-engine/cache/levels.py), so that the common small levels cost few bits; the fine parts follow, each class with its own
-number of bits, in the order of the pairs, and last the level of each position's tail.
+engine/cache/levels.py), so that common levels cost few bits. It is varints (positions, length of each list), the
+Elias-Fano code of the lists, then the fine parts of the levels, each class with its own number of bits, in the order of
+the pairs, and last the level of each position's tail.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.cache import bits
+from engine.cache import bits, elias_fano, varints
 from engine.cache.distribution import Distributions
 from engine.cache.kept import Kept
 from engine.cache.levels import Levels
@@ -36,9 +37,9 @@ class TopCodec:
         while first[-1] <= self._levels.highest:
             first.append(2 * first[-1])
         self._first = np.array(first[:-1])
-        self._fine_bits = np.diff(first).astype(np.float64)
-        self._fine_bits = np.log2(self._fine_bits).astype(np.int64)
+        self._fine_bits = np.log2(np.diff(first)).astype(np.int64)
         self._tail_bits = int(self._levels.highest).bit_length()
+        self._widths = np.append(self._fine_bits, self._tail_bits)
         self._pairs = RankedPairs(ranks, len(self._first))
 
     def select(self, teacher: Distributions, offsets: Tensor) -> Kept:
@@ -58,33 +59,48 @@ class TopCodec:
         assert kept.tail is not None
         level = self._level(kept.values)
         classes = np.searchsorted(self._first, level, side="right") - 1
-        pairs, order = self._pairs.encode(kept.num_positions, kept.positions, kept.ids, classes)
+        values, lengths, order = self._pairs.encode(kept.positions, kept.ids, classes)
         fine = (level - self._first[classes])[order]
         tail = self._level(kept.tail)
         widths = np.concatenate([self._fine_bits[classes][order], np.full(len(tail), self._tail_bits)])
-        return pairs + bits.pack(np.concatenate([fine, tail]), widths)
+        header = varints.encode([kept.num_positions, *lengths.tolist()])
+        lists = elias_fano.encode(values, lengths, self._pairs.bounds(np.array([kept.num_positions]))[0])
+        return header + lists + bits.pack(np.concatenate([fine, tail]), widths)
 
     def decode(self, records: Sequence[bytes]) -> Kept:
         """Sorted by position, the likeliest id first. Raises ValueError when a record is cut short.
 
         The kept probabilities and the tail of a position are scaled to the sum of 1.
         """
-        pairs = self._pairs.decode(records)
-        num_classes = len(self._first)
-        # the fine parts of each class, then the tails: so many numbers of so many bits, for each record
-        counts = np.column_stack([pairs.of_class, pairs.num_positions])
-        widths = np.append(self._fine_bits, self._tail_bits)
-        rests = [record[start:] for record, start in zip(records, pairs.num_bytes)]
-        numbers = bits.unpack(rests, counts, widths)
-        is_tail = np.repeat(np.tile(np.arange(num_classes + 1) == num_classes, len(records)), counts.ravel())
-        level = numbers[~is_tail] + np.repeat(np.tile(self._first, len(records)), pairs.of_class.ravel())
-        order = _by_position(pairs.positions, self._levels.highest - level)
-        positions, ids, p = pairs.positions[order], pairs.ids[order], np.exp(self._log_p[level[order]])
-        tail = np.exp(self._log_p[numbers[is_tail]])
+        positions, ids, level, tail_level = self._read(records)
+        order = _by_position(positions, self._levels.highest - level)
+        positions, ids, p = positions[order], ids[order], np.exp(self._log_p[level[order]])
+        tail = np.exp(self._log_p[tail_level])
         starts = np.searchsorted(positions, np.arange(len(tail)))
         total = np.add.reduceat(np.append(p, 0.0), starts) + tail
         values = (p / total[positions]).astype(np.float32)
         return Kept(positions, ids, values, ids[starts], (tail / total).astype(np.float32))
+
+    def _read(self, records: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """[K] positions, ids and levels of the pairs, and [P] levels of the tails."""
+        headers, rests = [], []
+        for record in records:
+            header, end = varints.decode(record, 1 + self._pairs.num_lists)
+            headers.append(header)
+            rests.append(record[end:])
+        numbers = np.array(headers, np.int64).reshape(len(records), 1 + self._pairs.num_lists)
+        num_positions, lengths = numbers[:, 0], numbers[:, 1:]
+        bounds = self._pairs.bounds(num_positions)
+        cuts = elias_fano.num_bytes(lengths, bounds).tolist()
+        values = elias_fano.decode([rest[:cut] for rest, cut in zip(rests, cuts)], lengths, bounds)
+        positions, ids = self._pairs.decode(values, lengths, num_positions)
+        # the fine parts of each class, then the tails: so many numbers of so many bits, for each record
+        num_classes = len(self._first)
+        counts = np.column_stack([lengths.reshape(len(records), num_classes, -1).sum(axis=2), num_positions])
+        fine = bits.unpack([rest[cut:] for rest, cut in zip(rests, cuts)], counts, self._widths)
+        coarse = np.repeat(np.tile(np.append(self._first, -1), len(records)), counts.ravel())
+        is_tail = coarse < 0
+        return positions, ids, (coarse + fine)[~is_tail], np.minimum(fine[is_tail], self._levels.highest)
 
     def _level(self, p: np.ndarray) -> np.ndarray:
         return self._levels.of(np.log(np.maximum(p, 1e-30)))

@@ -19,11 +19,12 @@ def decode(content: bytes, count: int) -> tuple[list[int], int]:
     """``count`` numbers, and where they end. Raises ValueError when ``content`` ends before."""
     numbers, number, shift = [], 0, 0
     for place, byte in enumerate(content):
-        number |= (byte & 127) << shift
-        shift += 7
-        if byte < 128:
-            numbers.append(number)
-            number, shift = 0, 0
-            if len(numbers) == count:
-                return numbers, place + 1
+        if byte > 127:
+            number |= (byte & 127) << shift
+            shift += 7
+            continue
+        numbers.append(number | byte << shift)
+        if len(numbers) == count:
+            return numbers, place + 1
+        number, shift = 0, 0
     raise ValueError(f"ends after {len(numbers)} of {count} numbers")

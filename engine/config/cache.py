@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from engine.config.section import Count, Section
 
-Step = Annotated[float, Field(gt=0.0, le=1.0)]
+Step = Annotated[float, Field(ge=0.001, le=0.5)]
 
 
 class SampledSection(Section):

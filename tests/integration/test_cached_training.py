@@ -84,13 +84,14 @@ def test_a_fine_top_k_of_all_ids_is_the_teacher(root: Path, task: str) -> None:
         for name in (f"loss/{kind}", "kl/temperature_1", "teacher/perplexity"):
             assert records(ours, name) == pytest.approx(records(theirs, name), rel=2e-3), name
         agreed = "agreement/top1"  # of two ids that are as likely to a level, the other one may be taken
-        assert records(ours, agreed) == pytest.approx(records(theirs, agreed), abs=0.02)
+        assert records(ours, agreed) == pytest.approx(records(theirs, agreed), abs=0.05)
 
 
 def test_draws_train_towards_the_teacher(root: Path, task: str) -> None:
     online = trained(cached_run(root, task, teacher={"kind": "online", "cache": None}), "for-draws")
     cached = trained(cached_run(root, task, evaluation={"manifest": str(root / "heldout" / "manifest.json")}), "draws")
-    assert records(cached, "loss/forward_kl") == pytest.approx(records(online, "loss/forward_kl"), rel=0.2)
+    means = [sum(records(folder, "loss/forward_kl")) for folder in (cached, online)]
+    assert means[0] == pytest.approx(means[1], rel=0.15)
     assert records(cached, "teacher/perplexity") == pytest.approx(records(online, "teacher/perplexity"), rel=1e-5)
     assert (cached / "export").is_dir()
     page = (cached / "report.html").read_text()

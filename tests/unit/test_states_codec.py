@@ -1,0 +1,33 @@
+"""Whole states come back exactly, or within the error of their type."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from engine.cache.states import RELATIVE_ERROR, StatesCodec
+
+
+@pytest.mark.parametrize("dtype", RELATIVE_ERROR)
+@pytest.mark.parametrize("num_layers", [0, 2])
+def test_states_come_back_to_the_stated_error(dtype: str, num_layers: int) -> None:
+    codec = StatesCodec(dtype, 24, num_layers)
+    chance = torch.Generator().manual_seed(0)
+    sizes = [(5, 9), (0, 3), (7, 7)]
+    whole = [(torch.randn(n, 24, generator=chance) * 3, [torch.randn(t, 24, generator=chance)] * num_layers)
+             for n, t in sizes]  # fmt: skip
+    hidden, layers = codec.decode([codec.encode(states, parts) for states, parts in whole])
+    expected = [torch.cat([states for states, _ in whole])]
+    expected += [torch.cat([parts[layer] for _, parts in whole]) for layer in range(num_layers)]
+    for got, wanted in zip([hidden, *layers], expected, strict=True):
+        assert got.shape == wanted.shape
+        floor = wanted.abs().amax(dim=1, keepdim=True) * (2.0**-14 if dtype == "fp8" else 2.0**-20)
+        assert ((got.float() - wanted).abs() <= wanted.abs() * RELATIVE_ERROR[dtype] + floor).all()
+
+
+def test_a_record_of_another_length_is_refused() -> None:
+    codec = StatesCodec("bf16", 8, 0)
+    record = codec.encode(torch.randn(4, 8), [])
+    for spoilt in (record[:-1], record + b"\0", b""):
+        with pytest.raises(ValueError, match=r"expected|ends"):
+            codec.decode([spoilt])
