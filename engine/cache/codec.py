@@ -10,6 +10,7 @@ from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
 from engine.cache.distribution import Distributions
+from engine.cache.importance import ImportanceCodec
 from engine.cache.kept import Kept
 from engine.cache.sampled import SampledCodec
 from engine.cache.top import TopCodec
@@ -57,6 +58,8 @@ def build_codec(section: CodecSection, ranks: np.ndarray) -> Codec:
     """``ranks`` [V]: the number of each id by frequency."""
     assert not isinstance(section, HiddenSection)
     if isinstance(section, SampledSection):
+        if section.proposal_temperature != 1.0:
+            return ImportanceCodec(ranks, section.num_draws, section.proposal_temperature)
         return SampledCodec(ranks, section.num_draws)
     if isinstance(section, TopKSection):
         return TopCodec(ranks, max_k=section.k, min_k=section.k, p=1.0, max_error=section.max_error)

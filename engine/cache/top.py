@@ -1,10 +1,4 @@
-"""The ``top_k`` and ``top_p`` codecs: the likeliest ids with their log-probabilities, and the mass of the rest.
-
-A record holds the kept ids of one sample as ranked pairs. The class of a pair is the coarse part of its level (see
-engine/cache/levels.py), so that common levels cost few bits. It is varints (positions, length of each list), the
-Elias-Fano code of the lists, then the fine parts of the levels, each class with its own number of bits, in the order of
-the pairs, and last the level of each position's tail.
-"""
+"""The ``top_k`` and ``top_p`` codecs: the likeliest ids with their log-probabilities, and the mass of the rest."""
 
 from __future__ import annotations
 
@@ -14,15 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.cache import bits, elias_fano, varints
 from engine.cache.distribution import Distributions
 from engine.cache.kept import Kept
-from engine.cache.levels import Levels
-from engine.cache.ranked import RankedPairs
-
-_EVEN_BITS = 3
-"""Fine bits of the lower classes; the classes above each hold twice the levels of the one before."""
-_EVEN_CLASSES = 32
+from engine.cache.levelled import LevelledPairs
 
 
 class TopCodec:
@@ -31,16 +19,7 @@ class TopCodec:
     def __init__(self, ranks: np.ndarray, *, max_k: int, min_k: int, p: float, max_error: float) -> None:
         """``ranks`` [V]: the number of each id by frequency."""
         self._max_k, self._min_k, self._p = min(max_k, len(ranks)), min_k, p
-        self._levels = Levels(max_error)
-        self._log_p = self._levels.log_p()
-        first = [number << _EVEN_BITS for number in range(_EVEN_CLASSES + 1)]
-        while first[-1] <= self._levels.highest:
-            first.append(2 * first[-1])
-        self._first = np.array(first[:-1])
-        self._fine_bits = np.log2(np.diff(first)).astype(np.int64)
-        self._tail_bits = int(self._levels.highest).bit_length()
-        self._widths = np.append(self._fine_bits, self._tail_bits)
-        self._pairs = RankedPairs(ranks, len(self._first))
+        self._pairs = LevelledPairs(ranks, max_error, with_tail=True)
 
     def select(self, teacher: Distributions, offsets: Tensor) -> Kept:
         """The likeliest ids of each row; nothing is drawn."""
@@ -56,58 +35,16 @@ class TopCodec:
 
     def encode(self, kept: Kept) -> bytes:
         """The record of one sample."""
-        assert kept.tail is not None
-        level = self._level(kept.values)
-        classes = np.searchsorted(self._first, level, side="right") - 1
-        values, lengths, order = self._pairs.encode(kept.positions, kept.ids, classes)
-        fine = (level - self._first[classes])[order]
-        tail = self._level(kept.tail)
-        widths = np.concatenate([self._fine_bits[classes][order], np.full(len(tail), self._tail_bits)])
-        header = varints.encode([kept.num_positions, *lengths.tolist()])
-        lists = elias_fano.encode(values, lengths, self._pairs.bounds(np.array([kept.num_positions]))[0])
-        return header + lists + bits.pack(np.concatenate([fine, tail]), widths)
+        return self._pairs.encode(kept)
 
     def decode(self, records: Sequence[bytes]) -> Kept:
-        """Sorted by position, the likeliest id first. Raises ValueError when a record is cut short.
+        """Sorted by position, the likeliest id first; kept probabilities and tail are scaled to the sum of 1.
 
-        The kept probabilities and the tail of a position are scaled to the sum of 1.
+        Raises ValueError when a record is cut short.
         """
-        positions, ids, level, tail_level = self._read(records)
-        order = _by_position(positions, self._levels.highest - level)
-        positions, ids, p = positions[order], ids[order], np.exp(self._log_p[level[order]])
-        tail = np.exp(self._log_p[tail_level])
-        starts = np.searchsorted(positions, np.arange(len(tail)))
-        total = np.add.reduceat(np.append(p, 0.0), starts) + tail
-        values = (p / total[positions]).astype(np.float32)
-        return Kept(positions, ids, values, ids[starts], (tail / total).astype(np.float32))
-
-    def _read(self, records: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """[K] positions, ids and levels of the pairs, and [P] levels of the tails."""
-        headers, rests = [], []
-        for record in records:
-            header, end = varints.decode(record, 1 + self._pairs.num_lists)
-            headers.append(header)
-            rests.append(record[end:])
-        numbers = np.array(headers, np.int64).reshape(len(records), 1 + self._pairs.num_lists)
-        num_positions, lengths = numbers[:, 0], numbers[:, 1:]
-        bounds = self._pairs.bounds(num_positions)
-        cuts = elias_fano.num_bytes(lengths, bounds).tolist()
-        values = elias_fano.decode([rest[:cut] for rest, cut in zip(rests, cuts)], lengths, bounds)
-        positions, ids = self._pairs.decode(values, lengths, num_positions)
-        # the fine parts of each class, then the tails: so many numbers of so many bits, for each record
-        num_classes = len(self._first)
-        counts = np.column_stack([lengths.reshape(len(records), num_classes, -1).sum(axis=2), num_positions])
-        fine = bits.unpack([rest[cut:] for rest, cut in zip(rests, cuts)], counts, self._widths)
-        coarse = np.repeat(np.tile(np.append(self._first, -1), len(records)), counts.ravel())
-        is_tail = coarse < 0
-        return positions, ids, (coarse + fine)[~is_tail], np.minimum(fine[is_tail], self._levels.highest)
-
-    def _level(self, p: np.ndarray) -> np.ndarray:
-        return self._levels.of(np.log(np.maximum(p, 1e-30)))
-
-
-def _by_position(positions: np.ndarray, rank: np.ndarray) -> np.ndarray:
-    """The order by position, then ``rank``. One sort of numbers that carry their index is the fastest in NumPy."""
-    packed = (positions.astype(np.int64) << 44) | (rank.astype(np.int64) << 30) | np.arange(len(positions))
-    packed.sort()
-    return packed & ((1 << 30) - 1)
+        kept = self._pairs.decode(records)
+        assert kept.tail is not None
+        starts = np.searchsorted(kept.positions, np.arange(kept.num_positions))
+        total = np.add.reduceat(np.append(kept.values, 0.0), starts) + kept.tail
+        values = (kept.values / total[kept.positions]).astype(np.float32)
+        return Kept(kept.positions, kept.ids, values, kept.top_ids, (kept.tail / total).astype(np.float32))

@@ -10,6 +10,7 @@ from torch import Tensor
 from engine.cache import elias_fano, sampled
 from engine.cache.distribution import Distributions, Exponentiator
 from engine.cache.drawing import draw_systematically
+from engine.cache.importance import ImportanceCodec
 from engine.cache.kept import Kept, joined
 from engine.cache.sampled import SampledCodec
 
@@ -95,6 +96,21 @@ def test_records_decode_alike_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None
     read = codec.decode(records)
     assert np.array_equal(dense(read), dense(kept))
     assert np.array_equal(read.top_ids, kept.top_ids)
+
+
+@pytest.mark.parametrize("temperature", [0.8, 1.5])
+def test_weights_of_another_proposal_are_unbiased(temperature: float) -> None:
+    z, grid, num_draws = logits(1, 3.0), 4000, 20
+    p = torch.softmax(z[0].double(), dim=0).numpy()
+    even = (torch.arange(grid, dtype=torch.float64) + 0.5) / grid
+    codec = ImportanceCodec(ranking(), num_draws, temperature)
+    kept = codec.select(distributions(z.expand(grid, IDS)), even)
+    r = p ** (1 / temperature) / (p ** (1 / temperature)).sum()
+    assert np.abs(dense(kept).mean(axis=0, dtype=np.float64) - p).max() <= (p / r).max() / grid / num_draws + 1e-5
+    read = codec.decode([codec.encode(part) for part in kept.cut([grid - 1, 1])])
+    got, wanted = dense(read), dense(kept)
+    assert np.array_equal(got > 0, wanted > 0)
+    assert np.abs(np.log(got[got > 0]) - np.log(wanted[wanted > 0])).max() < 0.0101
 
 
 def test_the_likeliest_id_is_known_wherever_it_must_have_been_drawn() -> None:
