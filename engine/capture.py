@@ -18,7 +18,7 @@ import torch
 from engine.cache.claims import Claims
 from engine.cache.codec import describe_codec
 from engine.cache.fitness import num_rounds, task_settings
-from engine.cache.folder import CLAIMS, HEAD, RANKS, CacheFolder, cache_address, head_content, ranks_of
+from engine.cache.folder import CLAIMS, HEAD, RANKS, CacheFolder, cache_address, head_content, ranks_of, unwritable
 from engine.cache.identity import CacheIdentity
 from engine.cache.recording import Asked, build_recorder
 from engine.cache.sidecar import Record, SidecarWriter, Sums
@@ -31,7 +31,7 @@ from engine.data.manifest import ShardEntry
 from engine.data.record import encode_array
 from engine.data.shards import ShardSet
 from engine.dist import StopSignal
-from engine.errors import CacheError, DataError
+from engine.errors import DataError
 from engine.models import DTYPES, cast, load_model, move
 from engine.parts import accelerator_of, check_model, shared_tokenizer
 from engine.schema import Sample
@@ -117,8 +117,14 @@ class Capture:
 
         A signal ends it between two batches. Raises CacheError when the disk is full, DataError for damaged samples.
         """
-        manifest = self.shards.manifest
         self._started = time.perf_counter()
+        try:
+            self._run(wanted, stop, show)
+        except OSError as problem:  # a claim or the manifest
+            raise unwritable(self.folder.path, problem) from problem
+
+    def _run(self, wanted: Sequence[int], stop: StopSignal, show: Callable[[Standing], None]) -> None:
+        manifest = self.shards.manifest
         with Claims(self.folder.path / CLAIMS) as claims:
             while not stop.received:
                 missing = {entry.name for entry in self.folder.missing(manifest)}
@@ -167,10 +173,7 @@ class Capture:
                             return False
                 writer.finish(self.folder.identity.sha256, entry.name, entry.sha256, self._num_rounds)
         except OSError as problem:
-            raise CacheError(
-                f"{path}: cannot be written ({problem.strerror or problem}); nothing of this shard was kept. Free some "
-                "space, or give another teacher.cache, and run the same command again"
-            ) from problem
+            raise unwritable(path, problem) from problem
         return True
 
     def _answers(self, number: int, entry: ShardEntry) -> Generator[list[tuple[Record, Sums]], None, None]:

@@ -90,8 +90,12 @@ class Claims:
             descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
         except FileExistsError:
             return False
-        with os.fdopen(descriptor, "w") as stream:
-            json.dump({"name": name, "token": self._token, "owner": asdict(self._owner)}, stream)
+        try:
+            with os.fdopen(descriptor, "w") as stream:
+                json.dump({"name": name, "token": self._token, "owner": asdict(self._owner)}, stream)
+        except OSError:  # a full disk
+            path.unlink(missing_ok=True)
+            raise
         self._held.add(path)
         return True
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -85,10 +86,13 @@ class CacheFolder:
         if is_remote(address):
             raise CacheError(f"{address}: a cache is made in a folder; give a path, and copy the finished cache there")
         path = Path(address)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        for name, content in files.items():
-            create_once(path.parent / name, content)
-        create_once(path, identity.to_json())
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            for name, content in files.items():
+                create_once(path.parent / name, content)
+            create_once(path, identity.to_json())
+        except OSError as problem:
+            raise unwritable(path.parent, problem) from problem
         folder = CacheFolder.open(address)
         if different := folder.identity.differences(identity, ("it has", "this job")):
             raise CacheError(
@@ -174,6 +178,9 @@ class CacheFolder:
             "sidecars": [asdict(entry) for entry in entries],
         }
         write_atomically(self.path / MANIFEST, (json.dumps(content, indent=1) + "\n").encode())
+        shutil.rmtree(self.path / CLAIMS, ignore_errors=True)
+        for left_over in self.path.rglob(".*.partial"):  # of jobs that were killed: every sidecar is there
+            left_over.unlink(missing_ok=True)
 
     def missing(self, data: Manifest) -> list[ShardEntry]:
         """The shards that have no sidecar. Raises CacheError for a remote cache without a manifest: who could tell?"""
@@ -211,6 +218,14 @@ def head_content(head: Head) -> bytes:
     if head.bias is not None:
         tensors["bias"] = head.bias
     return safetensors.torch.save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
+
+
+def unwritable(path: Path, problem: OSError) -> CacheError:
+    """What to say when the disk refuses."""
+    return CacheError(
+        f"{path}: cannot be written ({problem.strerror or problem}). Whole sidecars stay, and nothing half is left: "
+        "make room or give another teacher.cache, and run the same command again"
+    )
 
 
 def ranks_of(shards: ShardSet) -> np.ndarray:

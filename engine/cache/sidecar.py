@@ -11,6 +11,7 @@ It is written under another name, synced and linked into place: it is there whol
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
@@ -178,8 +179,11 @@ class SidecarWriter:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._stream.close()
-        self._partial.unlink(missing_ok=True)
+        try:
+            with contextlib.suppress(OSError):  # a full disk refuses what was still to be written
+                self._stream.close()
+        finally:
+            self._partial.unlink(missing_ok=True)
 
 
 class Sidecar:

@@ -9,12 +9,12 @@ from pathlib import Path
 
 def write_atomically(path: Path, content: bytes) -> None:
     """Write under a temporary name in the same folder, fsync, rename."""
-    temporary = path.with_name(f".{path.name}.partial")
-    with temporary.open("wb") as stream:
-        stream.write(content)
-        stream.flush()
-        os.fsync(stream.fileno())
-    move_into_place(temporary, path)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
+    try:
+        _write_synced(temporary, content)
+        move_into_place(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def move_into_place(temporary: Path, path: Path) -> None:
@@ -25,12 +25,11 @@ def move_into_place(temporary: Path, path: Path) -> None:
 
 def create_once(path: Path, content: bytes) -> bool:
     """Write ``path`` unless it is there; of several that try, one does. Returns whether it was this one."""
+    if path.exists():
+        return False
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
     try:
-        with temporary.open("wb") as stream:
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
+        _write_synced(temporary, content)
         return link_into_place(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -42,12 +41,23 @@ def link_into_place(temporary: Path, path: Path) -> bool:
         os.link(temporary, path)
     except FileExistsError:
         return False
+    except FileNotFoundError:
+        if path.exists():  # another was first, and cleared away what is left of the others' work
+            return False
+        raise
     except OSError:  # a file system without hard links: what lies between the look and the rename is lost
         if path.exists():
             return False
         os.replace(temporary, path)
     sync_folder(path.parent)
     return True
+
+
+def _write_synced(path: Path, content: bytes) -> None:
+    with path.open("wb") as stream:
+        stream.write(content)
+        stream.flush()
+        os.fsync(stream.fileno())
 
 
 def sync_folder(folder: Path) -> None:

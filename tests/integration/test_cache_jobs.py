@@ -1,0 +1,227 @@
+"""Many jobs on one cache: kills, claims of the dead and the living, a full disk. What comes out is always the same."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from engine.cache.claims import Claims, Owner
+from engine.cache.folder import CacheFolder
+from engine.capture import Capture
+from engine.config.load import parse_config
+from engine.data.manifest import Manifest, write_manifest
+from engine.data.record import token_dtype
+from engine.data.shards import ShardWriter
+from engine.dist import StopSignal
+from engine.errors import CacheError
+from engine.tasks.tokenizer import fingerprint
+from tests import tiny
+from tests.caching import cached_run, files_of, make_cache
+from tests.full_disk import fill, small_disk
+from tests.launching import ROOT, write_config
+
+NUM_KILLS, NUM_JOBS = 20, 3
+NUM_SHARDS = 48
+
+
+def many_shards(folder: Path, num_samples: int = 10, sequence_tokens: int = 64) -> Path:
+    """The samples of a tiny set in many small shards."""
+    folder.mkdir(parents=True)
+    rng, vocabulary = np.random.default_rng(4), tiny.tokenizer()
+    counts, entries = np.zeros(len(vocabulary), np.int64), []
+    for number in range(NUM_SHARDS):
+        with ShardWriter(folder / f"shard-{number:06d}.tar", token_dtype(len(vocabulary))) as writer:
+            for n in range(num_samples):
+                ids = rng.integers(5, 96, sequence_tokens)
+                counts += np.bincount(ids, minlength=len(counts))
+                writer.add(f"{number:06d}-{n:08d}", ids, np.array([sequence_tokens]))
+        assert writer.entry is not None
+        entries.append(writer.entry)
+    manifest = Manifest(
+        "causal_lm", fingerprint(vocabulary), len(vocabulary), 0, sequence_tokens, 3, tuple(entries), "", "tests"
+    )
+    write_manifest(folder, manifest, counts)
+    return folder / "manifest.json"
+
+
+def heavy_run(root: Path, cache: str) -> dict[str, Any]:
+    """A teacher that takes long enough to be killed at work."""
+    if not (root / "teacher").exists():
+        tiny.model_folder(root / "teacher", "causal_lm", hidden_size=192, num_hidden_layers=6, intermediate_size=512)
+        many_shards(root / "train")
+    return cached_run(root, teacher={"cache": cache}, student={"config": tiny.LLAMA, "init": None,
+                                                                              "layers": None})  # fmt: skip
+
+
+def run_job(config: dict[str, Any]) -> None:
+    """One job, in a process of its own."""
+    torch.set_num_threads(1)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+    make_cache(config, list(range(NUM_SHARDS)))
+
+
+def start(context: Any, config: dict[str, Any]) -> Any:
+    job = context.Process(target=run_job, args=(config,))
+    job.start()
+    return job
+
+
+def done(folder: Path) -> int:
+    return len(list(folder.glob("*.targets.tar")))
+
+
+@pytest.mark.slow
+def test_kills_of_racing_jobs_leave_the_cache_that_one_job_makes(tmp_path: Path) -> None:
+    """Three jobs at a time; every so often one of them gets SIGKILL and another takes its place."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.integration.test_cache_jobs"])
+    config, chance = heavy_run(tmp_path, "raced"), random.Random(7)
+    folder = tmp_path / "train" / "raced"
+    jobs = [start(context, config) for _ in range(NUM_JOBS)]
+    kills, at_work, rounds = 0, 0, 0
+    while kills < NUM_KILLS:
+        time.sleep(chance.uniform(0.05, 0.6))
+        victim = chance.randrange(NUM_JOBS)
+        if jobs[victim].is_alive():
+            at_work += bool(list(folder.glob(".*.partial")))
+            os.kill(jobs[victim].pid, signal.SIGKILL)
+            kills += 1
+        jobs[victim].join()
+        if done(folder) == NUM_SHARDS and kills < NUM_KILLS:  # faster than the kills: once more from half of it
+            rounds += 1
+            for path in sorted(folder.glob("*.targets.tar"))[::2]:
+                path.unlink()
+        jobs[victim] = start(context, config)
+    for job in jobs:
+        job.join()
+        assert job.exitcode == 0
+    assert at_work > NUM_KILLS // 2, "kills that hit nothing prove nothing"
+    alone = heavy_run(tmp_path, "alone")
+    job = start(context, alone)
+    job.join()
+    assert files_of(folder) == files_of(tmp_path / "train" / "alone")
+
+
+def test_the_claim_of_a_dead_job_is_taken_at_once(tmp_path: Path) -> None:
+    config = cached_run(tmp_path)
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    here = Owner.here()
+    claim(tmp_path / "train" / "sampled", Owner(here.host, ended.pid, here.namespace, "1"))
+    assert make_cache(config).manifest() is not None
+
+
+def test_the_claim_of_a_job_elsewhere_is_left_until_its_heart_stops(tmp_path: Path) -> None:
+    config = cached_run(tmp_path)
+    path = claim(tmp_path / "train" / "sampled", Owner("another-host", 1, "another boot", "1"))
+    folder = make_cache(config)
+    assert folder.manifest() is None
+    assert [entry.name for entry in missing(folder, tmp_path)] == ["shard-000000.tar"]
+    os.utime(path, (time.time() - 100, time.time() - 100))
+    assert make_cache(config).manifest() is not None
+    assert not (tmp_path / "train" / "sampled" / "claims").exists()
+
+
+def test_the_claim_of_a_slow_job_is_its_own(tmp_path: Path) -> None:
+    """It lives, so no other job makes its shard, however long it takes."""
+    config = cached_run(tmp_path)
+    with Claims(tmp_path / "train" / "sampled" / "claims") as slow:
+        assert slow.take("shard-000001.tar")
+        folder = make_cache(config)
+        assert [entry.name for entry in missing(folder, tmp_path)] == ["shard-000001.tar"]
+        assert folder.claims() == [f"shard-000001.tar is being made by process {os.getpid()} on {Owner.here().host}"]
+
+
+def test_two_jobs_that_make_the_same_shard_by_accident_leave_a_right_one(tmp_path: Path) -> None:
+    """The claim of the first is stolen while it works; the second finishes before it."""
+    config = cached_run(tmp_path)
+    first = Capture(parse_config(config), torch.device("cpu"))
+    made = []
+
+    def steal(_: object) -> None:
+        for path in (tmp_path / "train" / "sampled" / "claims").glob("*.claim"):
+            os.utime(path, (1, 1))
+        if not made:
+            made.append(make_cache(config | {"cache": config["cache"]}))
+
+    first.run(range(3), StopSignal(), steal)
+    assert first.folder.manifest() is not None
+    again = cached_run(tmp_path, teacher={"cache": "again"})
+    make_cache(again)
+    assert files_of(tmp_path / "train" / "sampled") == files_of(tmp_path / "train" / "again")
+
+
+def test_a_signal_gives_up_the_shard_in_hand_and_its_claim(tmp_path: Path) -> None:
+    capture = Capture(parse_config(cached_run(tmp_path)), torch.device("cpu"))
+    stop = StopSignal()
+    shown = []
+
+    def show(_: object) -> None:
+        shown.append(1)
+        stop.received = "SIGTERM" if len(shown) == 14 else None
+
+    capture.run(range(3), stop, show)
+    folder = tmp_path / "train" / "sampled"
+    assert [path.name for path in folder.glob("*.targets.tar")] == ["shard-000000.targets.tar"]
+    assert not list(folder.glob(".*"))
+    assert not (folder / "claims").exists()
+
+
+@pytest.mark.parametrize("room", [0, 3_000, 8_000])
+def test_a_full_disk_keeps_whole_shards_and_names_the_next(tmp_path: Path, room: int) -> None:
+    config = cached_run(tmp_path)
+    with small_disk(tmp_path / "disk", 4 << 20) as disk:
+        config["teacher"]["cache"] = str(disk / "cache")
+        make_cache(config, [0])
+        filler = fill(disk, room)
+        with pytest.raises(CacheError, match=r"cannot be written \(No space left"):
+            make_cache(config)
+        found = {path.name for path in (disk / "cache").iterdir()}
+        assert "shard-000000.targets.tar" in found
+        assert not any("partial" in name for name in found), "nothing half is left, and its room is free again"
+        filler.unlink()
+        assert make_cache(config).manifest() is not None
+
+
+def test_parts_of_the_shards_make_the_whole(tmp_path: Path) -> None:
+    for numbers in ([2], [0, 1]):
+        folder = make_cache(cached_run(tmp_path, teacher={"cache": "parts"}), numbers)
+        assert (folder.manifest() is not None) == (numbers == [0, 1])
+    make_cache(cached_run(tmp_path, teacher={"cache": "whole"}))
+    assert files_of(tmp_path / "train" / "parts") == files_of(tmp_path / "train" / "whole")
+
+
+def test_the_launcher_says_what_is_done_and_what_is_left(tmp_path: Path) -> None:
+    path = write_config(tmp_path / "run.yaml", cached_run(tmp_path))
+    words = [sys.executable, str(ROOT / "launch" / "cache_teacher.py"), "--config", str(path)]
+    for more, expected in ((["--shards", "1-2"], "2 of 3 shards done"), ([], "complete: 3 shards")):
+        told = subprocess.run([*words, *more], capture_output=True, text=True, check=True, timeout=120)
+        assert expected in told.stderr
+    told = subprocess.run([*words, "--shards", "5"], capture_output=True, text=True, check=False, timeout=120)
+    assert told.returncode == 2
+    assert "--shards 5: the data has shards 0 to 2" in told.stderr
+
+
+def claim(cache: Path, owner: Owner) -> Path:
+    """As a job of ``owner`` would have left it."""
+    (cache / "claims").mkdir(parents=True)
+    path = cache / "claims" / "shard-000000.tar.claim"
+    path.write_text(json.dumps({"name": "shard-000000.tar", "token": "x", "owner": vars(owner)}))
+    return path
+
+
+def missing(folder: CacheFolder, root: Path) -> list[Any]:
+    manifest = root / "train" / "manifest.json"
+    return folder.missing(Manifest.from_json(manifest.read_text(), str(manifest)))
