@@ -31,7 +31,7 @@ def open_cache(config: RunConfig, data: Manifest, teacher: str | None) -> CacheF
         task=task_settings(config.task),
         num_rounds=num_rounds(config.task),
     )
-    if different := identity.differences(wanted, ("the cache has", "the run")):
+    if different := identity.differences(wanted, ("the cache has", "the run has")):
         raise CacheError(
             f"{folder.address} was made for something else:\n  " + "\n  ".join(different) + "\nPoint teacher.cache at "
             "the cache of this teacher and task, or make it with launch/cache_teacher.py"
