@@ -8,6 +8,8 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
+from engine.cache.journal import Journal
+from engine.cache.recording import build_recorder
 from engine.checkpoint import CheckpointStore
 from engine.cost import peak_flops, training_flops_per_token
 from engine.data.loader import Loader
@@ -21,7 +23,7 @@ from engine.parts import Parts, Place
 from engine.resume import load_checkpoint, open_run_folder
 from engine.state import TrainState
 from engine.student.module import StudentWithObjective
-from engine.teacher.cached import CachedTargets
+from engine.teacher.cached import CachedTargets, Live
 from engine.teacher.online import OnlineTeacher
 from engine.teacher.source import NoTeacher, TargetSource
 from engine.tracking import Tracker
@@ -49,7 +51,7 @@ def build_trainer(parts: Parts, place: Place, resume: str, stop: StopSignal, sho
     source: TargetSource = NoTeacher()
     cached = None
     if parts.cache is not None:
-        source = cached = CachedTargets(parts.cache, manifest, config.teacher.tail, place.device)
+        source = cached = CachedTargets(parts.cache, manifest, config.teacher.tail, place.device, _live(parts))
     elif parts.teacher is not None and objective.needs_targets:
         source = OnlineTeacher(parts.teacher, parts.task.model_inputs, hidden_states=objective.needs_hidden_states)
     torch.manual_seed(config.run.seed + place.ranks.rank)  # dropout differs over the ranks
@@ -135,6 +137,17 @@ def _evaluator(parts: Parts, objective: Objective, place: Place) -> Evaluator | 
         ranks=place.ranks,
         device=place.device,
     )
+
+
+def _live(parts: Parts) -> Live | None:
+    """The teacher that is asked for what the cache lacks."""
+    if parts.teacher is None or parts.cache is None:
+        return None
+    section = parts.run.config.cache
+    layers = getattr(section.codec, "layers", ())
+    teacher = OnlineTeacher(parts.teacher, parts.task.model_inputs, hidden_states=bool(layers))
+    recorder = build_recorder(section, parts.cache.ranks(), teacher.head, parts.shards.manifest.vocab_size)
+    return Live(teacher, recorder, Journal(parts.cache))
 
 
 def _teacher_shape(parts: Parts) -> Shape | None:

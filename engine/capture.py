@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
@@ -16,10 +15,8 @@ import numpy as np
 import torch
 
 from engine.cache.claims import Claims
-from engine.cache.codec import describe_codec
-from engine.cache.fitness import num_rounds, task_settings
-from engine.cache.folder import CLAIMS, HEAD, RANKS, CacheFolder, cache_address, head_content, ranks_of, unwritable
-from engine.cache.identity import CacheIdentity
+from engine.cache.folder import CLAIMS, unwritable
+from engine.cache.journal import fold
 from engine.cache.recording import Asked, build_recorder
 from engine.cache.sidecar import Record, SidecarWriter, Sums
 from engine.config.cache import HiddenSection
@@ -28,7 +25,6 @@ from engine.config.resolve import DataFacts, read_deepspeed_json, resolve
 from engine.config.run import RunConfig
 from engine.data.collate import collate
 from engine.data.manifest import ShardEntry
-from engine.data.record import encode_array
 from engine.data.shards import ShardSet
 from engine.dist import StopSignal
 from engine.errors import DataError
@@ -37,8 +33,8 @@ from engine.parts import accelerator_of, check_model, shared_tokenizer
 from engine.schema import Sample
 from engine.tasks.task import build_task
 from engine.tasks.tokenizer import vocab_size
-from engine.teacher.fingerprint import fingerprint_teacher
 from engine.teacher.online import OnlineTeacher
+from engine.teacher.opening import join_cache
 
 log = logging.getLogger("stillhouse")
 
@@ -95,20 +91,14 @@ class Capture:
             "teacher: %s, %s parameters, %s", type(model).__name__, f"{model.num_parameters():,}", run.teacher_precision
         )
         codec = config.cache.codec
-        states = isinstance(codec, HiddenSection)
         self._teacher = OnlineTeacher(
             move(cast(model, DTYPES[run.teacher_precision]), device),
             self._task.model_inputs,
             hidden_states=isinstance(codec, HiddenSection) and bool(codec.layers),
         )
-        ranks = ranks_of(self.shards)
-        files = {RANKS: encode_array(ranks)} | ({HEAD: head_content(self._teacher.head)} if states else {})
-        identity = identity_of(config, self.shards, run.teacher_precision, files)
-        self.folder = CacheFolder.create_or_join(
-            cache_address(config.teacher.cache, config.data.manifest), identity, files
-        )
-        self._recorder = build_recorder(config.cache, ranks, self._teacher.head, manifest.vocab_size)
-        self._num_rounds = identity.num_rounds
+        self.folder = join_cache(config, self.shards, self._teacher.head, run.teacher_precision)
+        self._recorder = build_recorder(config.cache, self.folder.ranks(), self._teacher.head, manifest.vocab_size)
+        self._num_rounds = self.folder.identity.num_rounds
         self._num_bad = self._num_tokens = self._positions = self._bytes = 0
         self._started = time.perf_counter()
 
@@ -125,6 +115,7 @@ class Capture:
 
     def _run(self, wanted: Sequence[int], stop: StopSignal, show: Callable[[Standing], None]) -> None:
         manifest = self.shards.manifest
+        fold(self.folder, manifest)
         with Claims(self.folder.path / CLAIMS) as claims:
             while not stop.received:
                 missing = {entry.name for entry in self.folder.missing(manifest)}
@@ -224,22 +215,3 @@ class Capture:
         log.warning("no targets for a damaged record: %s", damage)
         nothing = np.empty(0, np.uint8)
         return Sample(self.shards.manifest.shards[number].name, f"record {record}", nothing, nothing, sound=False)
-
-
-def identity_of(config: RunConfig, shards: ShardSet, precision: str, files: Mapping[str, bytes]) -> CacheIdentity:
-    """What the cache of this run is. ``files`` are those that it names by hash."""
-    return CacheIdentity(
-        codec=describe_codec(config.cache.codec),
-        temperature=config.cache.temperature,
-        teacher=fingerprint_teacher(config.teacher),
-        teacher_name=str(config.teacher.model),
-        teacher_precision=precision,
-        tokenizer=shards.manifest.tokenizer,
-        vocab_size=shards.manifest.vocab_size,
-        task=task_settings(config.task),
-        num_rounds=num_rounds(config.task),
-        seed=config.cache.seed,
-        micro_sequences=config.cache.micro_sequences,
-        ranks_sha256=hashlib.sha256(files[RANKS]).hexdigest(),
-        head_sha256=hashlib.sha256(files[HEAD]).hexdigest() if HEAD in files else None,
-    )

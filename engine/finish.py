@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
+from engine.cache.journal import fold
 from engine.checkpoint import newest, read_meta
 from engine.compare import Contender, compare
 from engine.config.run import RunConfig, StudentSection
@@ -28,6 +29,8 @@ log = logging.getLogger("stillhouse")
 
 def finish_run(parts: Parts, folder: Path, device: torch.device, finished: bool) -> None:
     """Export and score the student of a run that reached its end; write the report in any case."""
+    if parts.cache is not None and parts.run.config.teacher.on_missing == "ask":
+        fold(parts.cache, parts.shards.manifest)
     results = None
     if finished:
         student = load_student(folder, newest(folder / "checkpoints"), parts.task.kind)

@@ -12,20 +12,21 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from engine.cache.folder import CacheFolder
+from engine.cache.journal import fold
 from engine.config.resolve import Accelerator, DataFacts, ResolvedRun, read_deepspeed_json, resolve
 from engine.config.run import RunConfig
-from engine.data.manifest import Manifest
 from engine.data.shards import ShardSet
 from engine.dist import Control, Ranks
-from engine.errors import ConfigError
-from engine.losses.head import HeadTap, check_head
+from engine.errors import ConfigError, StillhouseError
+from engine.losses.head import HeadTap, check_head, describe_head
 from engine.models import DTYPES, cast, load_model, move
+from engine.schema import map_tensors
 from engine.student.build import BuiltStudent, build_student
 from engine.tasks.packing_trial import check_packing, toy_inputs
 from engine.tasks.task import Task, build_task
 from engine.tasks.tokenizer import compare_tokenizers, load_tokenizer, vocab_size
 from engine.teacher.fingerprint import fingerprint_teacher
-from engine.teacher.opening import open_cache
+from engine.teacher.opening import join_cache, open_cache
 
 log = logging.getLogger("stillhouse")
 
@@ -95,11 +96,11 @@ def build_parts(config: RunConfig, place: Place) -> Parts:
     )
     tokenizer = shared_tokenizer(config)
     task = build_task(config.task, tokenizer, manifest, shards.token_counts())
-    cache = _cache(config, manifest, place) if config.teacher.kind == "cached" else None
     asked = config.teacher.kind == "online" or config.teacher.on_missing == "ask"
     teacher = None
     if asked or config.student.init is not None:
         teacher = load_model(config.teacher, task.model_class_name, torch.float32, "teacher")
+    cache = _cache(config, shards, place, run.teacher_precision, teacher) if config.teacher.kind == "cached" else None
     student = build_student(config.student, task.model_class_name, config.run.seed, teacher)
     if config.run.gradient_checkpointing:
         student.model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -114,19 +115,24 @@ def build_parts(config: RunConfig, place: Place) -> Parts:
     return Parts(run, shards, tokenizer, task, student, teacher, cache)
 
 
-def _cache(config: RunConfig, manifest: Manifest, place: Place) -> CacheFolder:
-    """The cache, after checking it against teacher.model, if one is given: rank 0 reads the weights for all."""
-    fingerprint, problem = None, None
-    if config.teacher.model is not None:
-        if place.control.is_main:
-            try:
-                fingerprint = fingerprint_teacher(config.teacher)
-            except ConfigError as error:
-                problem = str(error)
-        fingerprint, problem = place.control.from_main((fingerprint, problem))
-        if problem is not None:
-            raise ConfigError(problem)
-    cache = open_cache(config, manifest, fingerprint)
+def _cache(
+    config: RunConfig, shards: ShardSet, place: Place, precision: str, teacher: PreTrainedModel | None
+) -> CacheFolder:
+    """The cache, checked against teacher.model if one is given: rank 0 reads the weights, and prepares it, for all."""
+    found: tuple[str | None, StillhouseError | None] = None, None
+    if place.control.is_main and config.teacher.model is not None:
+        try:
+            if config.teacher.on_missing == "ask" and teacher is not None:
+                head = describe_head(teacher.get_output_embeddings(), teacher.config)
+                head = map_tensors(head, lambda tensor: tensor.to(DTYPES[precision]))
+                fold(join_cache(config, shards, head, precision), shards.manifest)
+            found = fingerprint_teacher(config.teacher), None
+        except StillhouseError as error:
+            found = None, error
+    fingerprint, problem = place.control.from_main(found)
+    if problem is not None:
+        raise problem
+    cache = open_cache(config, shards.manifest, fingerprint)
     codec = cache.identity.codec["kind"]
     log.info("teacher: %s, from the cache %s (%s)", cache.identity.teacher_name, cache.address, codec)
     return cache

@@ -75,7 +75,7 @@ class Batch:
     """some sequence holds several documents or padding: attention needs the segment ids"""
     names: tuple[str, ...]
     """shard/key of each sequence"""
-    cached: SparseTargets | CachedStates | None = None
+    cached: SparseTargets | CachedStates | Unanswered | None = None
     """what a cache holds for the positions with a label"""
 
     @property
@@ -138,6 +138,13 @@ class CachedStates:
     """[N, G]"""
     hidden_states: tuple[Tensor, ...] = ()
     """[B, T, G] each"""
+
+
+class Unanswered:
+    """A batch of which a cache lacks samples: what the teacher must be told to answer for them. Stays on the host."""
+
+    def __init__(self, samples: list[Sample], labelled: tuple[np.ndarray, np.ndarray], records: list[Any]) -> None:
+        self.samples, self.labelled, self.records = samples, labelled, records
 
 
 @dataclass(frozen=True)

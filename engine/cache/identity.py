@@ -89,5 +89,6 @@ class CacheIdentity:
 
 
 def _short(value: Any) -> str:
+    """Hashes by their first digits."""
     values = value if isinstance(value, list) else [value]
-    return ", ".join(text if len(text := str(each)) < 60 else text[:12] for each in values)
+    return ", ".join(text[:12] if len(text := str(each)) == 64 else text for each in values)

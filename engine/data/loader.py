@@ -19,7 +19,7 @@ from engine.data.collate import Labelled, collate
 from engine.data.manifest import Manifest
 from engine.data.order import Location
 from engine.errors import DataError
-from engine.schema import Batch, CachedStates, Sample, SparseTargets, StepBatches
+from engine.schema import Batch, CachedStates, Sample, SparseTargets, StepBatches, Unanswered
 
 log = logging.getLogger("stillhouse")
 
@@ -56,7 +56,7 @@ class TargetReader(Protocol[RecordOf]):
 
     def targets(
         self, records: Sequence[RecordOf | None], samples: Sequence[Sample], labelled: Labelled, batch: Batch
-    ) -> SparseTargets | CachedStates:
+    ) -> SparseTargets | CachedStates | Unanswered:
         """For ``Batch.cached``; there is no record for a sample that is not sound."""
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -10,8 +12,9 @@ from torch import Tensor
 
 from engine.cache.codec import Codec, build_codec, read_codec
 from engine.cache.folder import CacheFolder
+from engine.cache.journal import Journal
 from engine.cache.kept import Kept
-from engine.cache.recording import hashes_and_lengths
+from engine.cache.recording import Asked, Recorder, hashes_and_lengths
 from engine.cache.sidecar import Record, Sidecar
 from engine.cache.states import StatesCodec
 from engine.config.cache import HiddenSection, SampledSection
@@ -19,17 +22,48 @@ from engine.data.address import OnceCache
 from engine.data.collate import Labelled
 from engine.data.manifest import Manifest
 from engine.data.order import Location
-from engine.errors import CacheError
-from engine.schema import Batch, CachedStates, DenseTargets, Head, Sample, SparseTargets, Targets, map_tensors
+from engine.errors import CacheError, MissingError
+from engine.schema import (
+    Batch,
+    CachedStates,
+    DenseTargets,
+    Head,
+    Sample,
+    SparseTargets,
+    Targets,
+    Unanswered,
+    map_tensors,
+)
+from engine.teacher.online import OnlineTeacher
 
 _MAX_OPEN_SIDECARS = 256
+
+
+class Lacking(NamedTuple):
+    """A record that the cache does not have."""
+
+    shard: str
+    number: int
+    round_number: int
+
+
+@dataclass(frozen=True)
+class Live:
+    """A teacher beside the cache, for samples that it lacks, and where its answers are kept."""
+
+    teacher: OnlineTeacher
+    recorder: Recorder
+    journal: Journal
 
 
 class CachedTargets:
     """Both ends of a cache in training: the loader's, which reads, and the trainer's, which takes."""
 
-    def __init__(self, folder: CacheFolder, data: Manifest, tail: str, device: torch.device) -> None:
-        """``tail`` is what becomes of the mass that top_k and top_p do not keep."""
+    def __init__(
+        self, folder: CacheFolder, data: Manifest, tail: str, device: torch.device, live: Live | None = None
+    ) -> None:
+        """``tail`` is what becomes of the mass that top_k and top_p do not keep; ``live`` answers what is missing."""
+        self._live = live
         self._folder, self._data, self._tail = folder, data, tail
         self._section = read_codec(folder.identity.codec)
         self._head: Head | None = None
@@ -41,20 +75,36 @@ class CachedTargets:
             self._codec = build_codec(self._section, folder.ranks())
         self._sidecars: OnceCache[int, Sidecar] = OnceCache(_MAX_OPEN_SIDECARS)
 
-    def fetch(self, location: Location) -> Record:
-        """The record of a sample in its round. Raises DataError when it is damaged, CacheError when its sidecar is
-        missing or of something else."""
-        sidecar = self._sidecars.get(location.shard, lambda: self._folder.sidecar(self._data.shards[location.shard]))
+    def fetch(self, location: Location) -> Record | Lacking:
+        """The record of a sample in its round, or what must be asked. Raises DataError when it is damaged, CacheError
+        when its sidecar is missing and nobody is there to be asked, or when it is of something else."""
+        entry = self._data.shards[location.shard]
         rounds = self._folder.identity.num_rounds
-        return sidecar.read(location.index * rounds + location.epoch % rounds)
+        lacking = Lacking(entry.name, location.index * rounds + location.epoch % rounds, location.epoch % rounds)
+        try:
+            sidecar = self._sidecars.get(location.shard, lambda: self._folder.sidecar(entry))
+        except MissingError as problem:
+            if self._live is None:
+                raise CacheError(f"{problem}; run launch/cache_teacher.py again") from problem
+            return self._live.journal.find(lacking.shard, lacking.number) or lacking
+        return sidecar.read(lacking.number)
 
     def targets(
-        self, records: Sequence[Record | None], samples: Sequence[Sample], labelled: Labelled, batch: Batch
-    ) -> SparseTargets | CachedStates:
+        self, records: Sequence[Record | Lacking | None], samples: Sequence[Sample], labelled: Labelled, batch: Batch
+    ) -> SparseTargets | CachedStates | Unanswered:
         """The targets of a batch, for ``Batch.cached``; there is no record for a sample that is not sound.
 
         Raises CacheError when a record was not made for just this sample, with just these labels.
         """
+        if any(isinstance(record, Lacking) for record in records):
+            return Unanswered(list(samples), labelled, list(records))
+        return self._decoded(
+            [record for record in records if not isinstance(record, Lacking)], samples, labelled, batch
+        )
+
+    def _decoded(
+        self, records: Sequence[Record | None], samples: Sequence[Sample], labelled: Labelled, batch: Batch
+    ) -> SparseTargets | CachedStates:
         hashes, lengths = hashes_and_lengths(samples, labelled)
         for record, sample, hashed in zip(records, samples, hashes):
             if record is not None and record.input_hash != hashed:
@@ -98,13 +148,36 @@ class CachedTargets:
         layers = [hidden.new_empty(0)] * (max(self._section.layers, default=-1) + 1)
         for number, states in zip(self._section.layers, kept):
             whole = states.new_zeros(batch.labels.numel(), states.shape[1])
-            whole[batch.token_rows] = states
+            whole[batch.token_rows.cpu()] = states
             layers[number] = whole.view(*batch.labels.shape, -1)
         return CachedStates(hidden, tuple(layers))
 
     def targets_for(self, batch: Batch, rows: Tensor) -> Targets | None:
-        """What the loader put beside the batch; None for held-out text, of which a cache knows nothing."""
-        if not isinstance(batch.cached, CachedStates):
-            return batch.cached
+        """What the loader put beside the batch, or what a live teacher says, kept as the cache would keep it.
+
+        Of held-out text a cache knows nothing: None, unless there is a live teacher.
+        """
+        if batch.cached is None:
+            return None if self._live is None else self._live.teacher.targets_for(batch, rows)
+        cached = batch.cached
+        if isinstance(cached, Unanswered):
+            device = batch.labels.device
+            cached = map_tensors(self._asked(cached, batch), lambda tensor: tensor.to(device))
+        if not isinstance(cached, CachedStates):
+            return cached
         assert self._head is not None
-        return DenseTargets(batch.cached.hidden.to(self._head.weight.dtype), self._head, batch.cached.hidden_states)
+        return DenseTargets(cached.hidden.to(self._head.weight.dtype), self._head, cached.hidden_states)
+
+    def _asked(self, question: Unanswered, batch: Batch) -> SparseTargets | CachedStates:
+        """The whole batch goes to the teacher; the answers to samples that the cache lacks are written down."""
+        assert self._live is not None
+        rounds = [record.round_number if isinstance(record, Lacking) else 0 for record in question.records]
+        asked = Asked(question.samples, rounds, question.labelled, batch)
+        answer = self._live.teacher.targets_for(batch, batch.label_rows)
+        made = self._live.recorder.encode(self._live.recorder.select(asked, answer))
+        records: list[Record | None] = []
+        for known, (record, sums) in zip(question.records, made):
+            if isinstance(known, Lacking):
+                self._live.journal.add(known.shard, known.number, record, sums)
+            records.append(record if isinstance(known, Lacking) else known)
+        return self._decoded(records, question.samples, question.labelled, batch)

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import replace
 
+from engine.cache.codec import describe_codec
 from engine.cache.fitness import check_terms, num_rounds, task_settings
-from engine.cache.folder import CacheFolder, cache_address
+from engine.cache.folder import HEAD, RANKS, CacheFolder, cache_address, head_content, ranks_of
+from engine.cache.identity import CacheIdentity
 from engine.config.run import RunConfig
 from engine.data.manifest import Manifest
+from engine.data.record import encode_array
+from engine.data.shards import ShardSet
 from engine.errors import CacheError
+from engine.schema import Head
+from engine.teacher.fingerprint import fingerprint_teacher
 
 _SHOWN = 8
 
@@ -40,6 +47,35 @@ def open_cache(config: RunConfig, data: Manifest, teacher: str | None) -> CacheF
     if config.teacher.on_missing == "refuse":
         _refuse_missing(folder, data)
     return folder
+
+
+def join_cache(config: RunConfig, shards: ShardSet, head: Head, precision: str) -> CacheFolder:
+    """The cache that this run's teacher fills, made unless it is there.
+
+    Raises CacheError when it cannot be written, or holds what another teacher or other settings gave.
+    """
+    assert config.teacher.cache is not None
+    files = {RANKS: encode_array(ranks_of(shards))}
+    if config.cache.codec.kind == "hidden":
+        files[HEAD] = head_content(head)
+    hashes = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
+    identity = CacheIdentity(
+        codec=describe_codec(config.cache.codec),
+        temperature=config.cache.temperature,
+        teacher=fingerprint_teacher(config.teacher),
+        teacher_name=str(config.teacher.model),
+        teacher_precision=precision,
+        tokenizer=shards.manifest.tokenizer,
+        vocab_size=shards.manifest.vocab_size,
+        task=task_settings(config.task),
+        num_rounds=num_rounds(config.task),
+        seed=config.cache.seed,
+        micro_sequences=config.cache.micro_sequences,
+        ranks_sha256=hashes[RANKS],
+        head_sha256=hashes.get(HEAD),
+    )
+    address = cache_address(config.teacher.cache, config.data.manifest)
+    return CacheFolder.create_or_join(address, identity, files)
 
 
 def _refuse_missing(folder: CacheFolder, data: Manifest) -> None:

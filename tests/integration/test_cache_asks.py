@@ -1,0 +1,125 @@
+"""A run that asks its teacher live for what the cache lacks, and writes the answers back."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from engine import Distiller
+from engine.cache.folder import CacheFolder
+from engine.cache.journal import Journal
+from engine.teacher.online import OnlineTeacher
+from tests.caching import cached_run, make_cache
+from tests.launching import distill, finish
+
+EPOCH = {"num_steps": 12}
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many labelled rows the live teacher answered, for each time it was asked in training."""
+    answered: list[int] = []
+    own = OnlineTeacher.targets_for
+
+    def counting(self: OnlineTeacher, batch: Any, rows: torch.Tensor) -> Any:
+        answered.append(rows.numel())
+        return own(self, batch, rows)
+
+    monkeypatch.setattr(OnlineTeacher, "targets_for", counting)
+    return answered
+
+
+def asking(root: Path, name: str, codec: str = "sampled", task: str = "causal_lm", **sections: Any) -> dict[str, Any]:
+    """Without held-out text, so that the teacher is asked for nothing else."""
+    teacher = {"on_missing": "ask"} | sections.pop("teacher", {})
+    return cached_run(root, task, codec, teacher=teacher, run=EPOCH | {"name": name} | sections.pop("run", {}),
+                      schedule={"kind": "constant"}, **sections)  # fmt: skip
+
+
+def losses(root: Path, name: str) -> list[float]:
+    lines = (root / "runs" / name / "metrics.jsonl").read_text().splitlines()
+    return [record["loss/forward_kl"] for record in map(json.loads, lines) if "loss/forward_kl" in record]
+
+
+def sidecars(root: Path, cache: str) -> set[str]:
+    return {path.name.removesuffix(".targets.tar") for path in (root / "train" / cache).glob("*.targets.tar")}
+
+
+@pytest.mark.parametrize("codec", ["sampled", "top_k", "hidden"])
+def test_what_is_missing_is_asked_once_and_kept(tmp_path: Path, codec: str, asked: list[int]) -> None:
+    make_cache(cached_run(tmp_path, codec=codec, teacher={"cache": "whole"}))
+    Distiller(cached_run(tmp_path, codec=codec, teacher={"cache": "whole"}, run=EPOCH | {"name": "whole"},
+                         schedule={"kind": "constant"})).fit()  # fmt: skip
+    make_cache(cached_run(tmp_path, codec=codec), [1])
+    asked.clear()
+    Distiller(asking(tmp_path, "asks", codec)).fit()
+    assert asked
+    assert losses(tmp_path, "asks") == pytest.approx(losses(tmp_path, "whole"), rel=1e-4)
+    assert sidecars(tmp_path, codec) == {"shard-000000", "shard-000001", "shard-000002"}
+    assert not (tmp_path / "train" / codec / "journal").exists()
+    asked.clear()
+    Distiller(cached_run(tmp_path, codec=codec, run=EPOCH | {"name": "again"}, schedule={"kind": "constant"})).fit()
+    assert not asked
+    assert losses(tmp_path, "again") == pytest.approx(losses(tmp_path, "whole"), rel=1e-4)
+
+
+def test_no_cache_at_all_is_one_that_lacks_everything(tmp_path: Path, asked: list[int]) -> None:
+    config = asking(tmp_path, "first", "sampled", "masked_lm", run={"num_steps": 36})
+    config["task"]["mask_rounds"] = 3
+    Distiller(config).fit()
+    assert sidecars(tmp_path, "sampled") == {"shard-000000", "shard-000001", "shard-000002"}
+    assert CacheFolder.open(str(tmp_path / "train" / "sampled" / "cache.json")).manifest() is not None
+
+
+def test_a_second_run_asks_only_for_the_rest(tmp_path: Path, asked: list[int]) -> None:
+    Distiller(asking(tmp_path, "part", run={"num_steps": 5})).fit()
+    assert len(asked) == 20
+    assert sidecars(tmp_path, "sampled") == set()
+    asked.clear()
+    Distiller(asking(tmp_path, "rest", run={"num_steps": 12})).fit()
+    assert len(asked) == 28, "the same seed meets the same samples first"
+    assert len(sidecars(tmp_path, "sampled")) == 3
+
+
+def test_a_journal_that_was_cut_short_loses_its_last_record(tmp_path: Path, asked: list[int]) -> None:
+    Distiller(asking(tmp_path, "part", run={"num_steps": 5})).fit()
+    (journal,) = (tmp_path / "train" / "sampled" / "journal").glob("*.journal")
+    journal.write_bytes(journal.read_bytes()[:-3])
+    folder = CacheFolder.open(str(tmp_path / "train" / "sampled" / "cache.json"))
+    assert len(Journal(folder)._places) == 39
+    asked.clear()
+    Distiller(asking(tmp_path, "rest", run={"num_steps": 12})).fit()
+    assert len(asked) == 29
+    assert len(sidecars(tmp_path, "sampled")) == 3
+
+
+def test_what_runs_wrote_back_is_taken_by_a_caching_job(tmp_path: Path, asked: list[int]) -> None:
+    Distiller(asking(tmp_path, "part", run={"num_steps": 12})).fit()
+    for path in (tmp_path / "train" / "sampled").glob("manifest.json"):
+        path.unlink()
+    asked.clear()
+    make_cache(cached_run(tmp_path))
+    assert not asked
+    assert (tmp_path / "train" / "sampled" / "manifest.json").exists()
+
+
+def test_ranks_ask_for_their_own(tmp_path: Path) -> None:
+    config = asking(tmp_path, "two")
+    finish(distill(config, tmp_path / "logs", 2))
+    assert len(sidecars(tmp_path, "sampled")) == 3
+    make_cache(cached_run(tmp_path, teacher={"cache": "whole"}))
+    Distiller(cached_run(tmp_path, teacher={"cache": "whole"}, run=EPOCH | {"name": "one"},
+                         schedule={"kind": "constant"})).fit()  # fmt: skip
+    assert losses(tmp_path, "two") == pytest.approx(losses(tmp_path, "one"), rel=1e-3)
+
+
+def test_another_codec_than_the_caches_is_refused(tmp_path: Path) -> None:
+    from engine.errors import CacheError
+
+    make_cache(cached_run(tmp_path), [0])
+    with pytest.raises(CacheError, match="this cache holds other targets; codec num_draws: it has 20, this job 21"):
+        Distiller(asking(tmp_path, "other", cache={"codec": {"kind": "sampled", "num_draws": 21}})).fit()
