@@ -2,44 +2,23 @@
 
 from __future__ import annotations
 
-import logging
 import time
-from collections import deque
-from collections.abc import Callable, Generator, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from itertools import islice
 
-import numpy as np
 import torch
 
+from engine.asking import Asker
 from engine.cache.claims import Claims
 from engine.cache.folder import CLAIMS, unwritable
 from engine.cache.journal import fold
-from engine.cache.recording import Asked, build_recorder
-from engine.cache.sidecar import Record, SidecarWriter, Sums
-from engine.config.cache import HiddenSection
-from engine.config.checks import check_cache
-from engine.config.resolve import DataFacts, read_deepspeed_json, resolve
+from engine.cache.sidecar import INDEX_DTYPE, SidecarWriter, Sums
 from engine.config.run import RunConfig
-from engine.data.collate import collate
 from engine.data.manifest import ShardEntry
-from engine.data.shards import ShardSet
 from engine.dist import StopSignal
-from engine.errors import DataError
-from engine.models import DTYPES, cast, load_model, move
-from engine.parts import accelerator_of, check_model, shared_tokenizer
-from engine.schema import Sample
-from engine.tasks.task import build_task
-from engine.tasks.tokenizer import vocab_size
-from engine.teacher.online import OnlineTeacher
+from engine.evaluation import EvenlySpaced
 from engine.teacher.opening import join_cache
-
-log = logging.getLogger("stillhouse")
-
-_AHEAD = 2
-"""Batches read while the teacher works, and batches of answers that wait to be encoded."""
 
 
 @dataclass(frozen=True)
@@ -63,43 +42,16 @@ class Standing:
 
 
 class Capture:
-    """The teacher, the data and the cache of one job, checked against each other.
+    """One job: a teacher and the cache that it fills.
 
     Raises ConfigError, DataError or CacheError.
     """
 
     def __init__(self, config: RunConfig, device: torch.device) -> None:
-        check_cache(config)
-        assert config.teacher.cache is not None
-        self._config, self._device = config, device
-        self.shards = ShardSet.open(config.data.manifest, allow_pipe=config.data.allow_pipe)
-        manifest = self.shards.manifest
-        content, name = read_deepspeed_json(config.zero)
-        run = resolve(
-            config,
-            world_size=1,
-            accelerator=accelerator_of(device),
-            data=DataFacts(manifest.num_samples, manifest.sequence_tokens, manifest.vocab_size, manifest.task),
-            deepspeed_json=content,
-            deepspeed_name=name,
-        )
-        tokenizer = shared_tokenizer(config)
-        self._task = build_task(config.task, tokenizer, manifest, self.shards.token_counts())
-        model = load_model(config.teacher, self._task.model_class_name, torch.float32, "teacher")
-        check_model(model, self._task, "teacher", vocab_size(tokenizer), manifest.sequence_tokens)
-        log.info(
-            "teacher: %s, %s parameters, %s", type(model).__name__, f"{model.num_parameters():,}", run.teacher_precision
-        )
-        codec = config.cache.codec
-        self._teacher = OnlineTeacher(
-            move(cast(model, DTYPES[run.teacher_precision]), device),
-            self._task.model_inputs,
-            hidden_states=isinstance(codec, HiddenSection) and bool(codec.layers),
-        )
-        self.folder = join_cache(config, self.shards, self._teacher.head, run.teacher_precision)
-        self._recorder = build_recorder(config.cache, self.folder.ranks(), self._teacher.head, manifest.vocab_size)
-        self._num_rounds = self.folder.identity.num_rounds
-        self._num_bad = self._num_tokens = self._positions = self._bytes = 0
+        self._asker = Asker(config, device)
+        self.shards = self._asker.shards
+        self.folder = join_cache(config, self.shards, self._asker.teacher.head, self._asker.precision)
+        self._num_tokens = self._positions = self._bytes = 0
         self._started = time.perf_counter()
 
     def run(self, wanted: Sequence[int], stop: StopSignal, show: Callable[[Standing], None]) -> None:
@@ -145,73 +97,73 @@ class Capture:
             num_tokens=self._num_tokens,
             seconds=time.perf_counter() - self._started,
             bytes_a_position=self._bytes / max(1, self._positions),
-            tokens_left=sum(entry.num_tokens for entry in missing) * self._num_rounds,
+            tokens_left=sum(entry.num_tokens for entry in missing) * self._asker.num_rounds,
         )
 
     def _make(self, number: int, entry: ShardEntry, stop: StopSignal, shown: Callable[[], None]) -> bool:
         """The sidecar of one shard; False when a signal came first. Raises CacheError when the disk is full."""
         path = self.folder.path_of(entry)
         try:
-            with SidecarWriter(path, entry.num_samples * self._num_rounds) as writer:
-                with closing(self._answers(number, entry)) as answers:
+            with SidecarWriter(path, entry.num_samples * self._asker.num_rounds) as writer:
+                with closing(self._asker.answers(number, self._asker.batches(number))) as answers:
                     for answer in answers:
                         for record, sums in answer:
                             writer.add(record, sums)
+                            self._num_tokens += sums.num_tokens
                             self._positions += sums.num_positions
                             self._bytes += len(record.content)
                         shown()
                         if stop.received:
                             return False
-                writer.finish(self.folder.identity.sha256, entry.name, entry.sha256, self._num_rounds)
+                writer.finish(self.folder.identity.sha256, entry.name, entry.sha256, self._asker.num_rounds)
         except OSError as problem:
             raise unwritable(path, problem) from problem
         return True
 
-    def _answers(self, number: int, entry: ShardEntry) -> Generator[list[tuple[Record, Sums]], None, None]:
-        """The records of the shard's batches, in order; reading and encoding go on beside the teacher's work."""
-        reading: deque[Future[Asked]] = deque()
-        encoding: deque[Future[list[tuple[Record, Sums]]]] = deque()
-        parts = self._parts(entry)
-        with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as encoder:
-            while True:
-                for part in islice(parts, 1 + _AHEAD - len(reading)):
-                    reading.append(reader.submit(self._read, number, part))
-                if not reading:
-                    break
-                asked = reading.popleft().result()
-                answer = self._teacher.targets_for(asked.batch, asked.batch.label_rows)
-                encoding.append(encoder.submit(self._recorder.encode, self._recorder.select(asked, answer)))
-                self._num_tokens += asked.batch.num_tokens
-                if len(encoding) > _AHEAD:
-                    yield encoding.popleft().result()
-            for future in encoding:
-                yield future.result()
 
-    def _parts(self, entry: ShardEntry) -> Iterator[range]:
-        total, size = entry.num_samples * self._num_rounds, self._config.cache.micro_sequences
-        return (range(start, min(start + size, total)) for start in range(0, total, size))
+@dataclass(frozen=True)
+class Trial:
+    """What a cache would be, from the answers to a few samples."""
 
-    def _read(self, number: int, records: range) -> Asked:
-        """The batch of records ``records`` of shard ``number``, on the device. Raises DataError for too much damage."""
-        samples, rounds = [], [record % self._num_rounds for record in records]
-        for record in records:
-            try:
-                samples.append(self.shards.read(number, record // self._num_rounds))
-            except DataError as damage:
-                samples.append(self._stand_in(damage, number, record))
-        labelled = self._task.label(samples, rounds)
-        manifest = self.shards.manifest
-        batch = collate(samples, labelled, pad_id=manifest.pad_id, sequence_tokens=manifest.sequence_tokens)
-        return Asked(samples, rounds, labelled, batch.to(self._device))
+    num_samples: int
+    bytes_a_position: float
+    """with the index"""
+    positions_a_token: float
+    tokens_a_second: float
+    num_tokens: int
+    """of all samples in all rounds"""
 
-    def _stand_in(self, damage: DataError, number: int, record: int) -> Sample:
-        """For a damaged sample, which gets an empty record: training skips it just so."""
-        self._num_bad += record % self._num_rounds == 0
-        if self._num_bad > self._config.data.max_bad_samples:
-            raise DataError(
-                f"{damage}\nThis is damaged record number {self._num_bad} of this job, and data.max_bad_samples is "
-                f"{self._config.data.max_bad_samples}: restore the shard, or raise it"
-            ) from damage
-        log.warning("no targets for a damaged record: %s", damage)
-        nothing = np.empty(0, np.uint8)
-        return Sample(self.shards.manifest.shards[number].name, f"record {record}", nothing, nothing, sound=False)
+    @property
+    def cache_bytes(self) -> float:
+        return self.num_tokens * self.positions_a_token * self.bytes_a_position
+
+    @property
+    def hours(self) -> float:
+        """For one job on this machine."""
+        return self.num_tokens / self.tokens_a_second / 3600.0
+
+
+def try_capture(config: RunConfig, device: torch.device, num_samples: int) -> Trial:
+    """Ask for ``num_samples`` samples spread over the shards, after one batch that is not timed. Writes nothing."""
+    asker = Asker(config, device)
+    counts = asker.shards.manifest.samples_per_shard
+    spread = EvenlySpaced(counts, min(num_samples, sum(counts)))
+    wanted = [spread.locate(number) for number in range(spread.sequences_per_epoch)]
+    made: list[Sums] = []
+    num_bytes, started = 0, 0.0
+    for place in [wanted[0], *wanted]:
+        record = place.index * asker.num_rounds
+        for answer in asker.answers(place.shard, [range(record, record + 1)]):
+            if started:
+                num_bytes += sum(len(each.content) + INDEX_DTYPE.itemsize for each, _ in answer)
+                made += [sums for _, sums in answer]
+        started = started or time.perf_counter()
+    seconds = time.perf_counter() - started
+    num_tokens, num_positions = (sum(getattr(each, name) for each in made) for name in ("num_tokens", "num_positions"))
+    return Trial(
+        num_samples=len(made),
+        bytes_a_position=num_bytes / max(1, num_positions),
+        positions_a_token=num_positions / max(1, num_tokens),
+        tokens_a_second=num_tokens / seconds,
+        num_tokens=asker.shards.manifest.num_tokens * asker.num_rounds,
+    )

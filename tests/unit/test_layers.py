@@ -21,8 +21,8 @@ cache
 tasks teacher student memory
 zero checkpoint export evaluation report metrics runfolder planning
 trainer parts
-resume compare capture
-build finish
+resume compare asking
+build capture finish
 distiller
 launch data_tools
 benchmarks
