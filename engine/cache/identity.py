@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -15,6 +16,7 @@ from engine.errors import CacheError
 
 FORMAT_VERSION = 1
 IDENTITY = "cache.json"
+_HASH = re.compile("[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
@@ -89,5 +91,6 @@ class CacheIdentity:
 
 
 def _short(value: Any) -> str:
+    """Hashes by their beginning; all else, such as where a teacher lies, in full."""
     values = value if isinstance(value, list) else [value]
-    return ", ".join(text if len(text := str(each)) < 60 else text[:12] for each in values)
+    return ", ".join(text[:12] if _HASH.fullmatch(text := str(each)) else text for each in values)
