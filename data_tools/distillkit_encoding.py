@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
-from concurrent.futures import Future
-from concurrent.futures.process import BrokenProcessPool
-from typing import Generic, NamedTuple, TypeVar
+from contextlib import closing
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
 from data_tools.distillkit_config import DistillKitConfig
 from data_tools.distillkit_format import decode
-from data_tools.processes import process_pool
+from data_tools.processes import map_in_order, process_pool
 from engine.cache.kept import Kept
 from engine.cache.top import TopCodec
 from engine.errors import DataError
 
 _BATCH_POSITIONS = 4096
-_BATCHES_AHEAD = 4
 _ABOVE_ONE = 1.01
 
 Tag = TypeVar("Tag")
@@ -45,7 +42,7 @@ class Answer(NamedTuple):
 
 
 class Encoder:
-    """Keeps all ids that DistillKit kept. Two ways of the same can differ by ``max_error`` nats and no more."""
+    """Keeps all ids that DistillKit kept, each log-probability to within ``max_error`` nats."""
 
     def __init__(self, config: DistillKitConfig, ranks: np.ndarray, max_error: float) -> None:
         """``ranks`` [V]: the number of each id by frequency."""
@@ -61,9 +58,8 @@ class Encoder:
             raise DataError(f"{question.place}: {problem}; leave the row out, or capture it again") from problem
         ids, log_p = ids[question.labelled], log_p[question.labelled].astype(np.float64)
         total = _log_sum(log_p)
-        p = np.exp(
-            log_p - np.maximum(total, 0.0)[:, None]
-        )  # a curve may say more than 1, which would be no distribution
+        # a curve may say more than 1 in all, which is no distribution
+        p = np.exp(log_p - np.maximum(total, 0.0)[:, None])
         mass = p.sum(axis=1)
         kept = Kept(
             positions=np.repeat(np.arange(len(ids)), ids.shape[1]),
@@ -96,12 +92,6 @@ def _log_sum(log_p: np.ndarray) -> np.ndarray:
     return (np.log(np.exp(log_p - peak).sum(axis=1, keepdims=True)) + peak)[:, 0]
 
 
-class _Batch(Generic[Tag]):
-    def __init__(self) -> None:
-        self.tags: list[Tag] = []
-        self.questions: list[Question] = []
-
-
 def encode_in_order(
     questions: Iterable[tuple[Tag, Question]],
     config: DistillKitConfig,
@@ -118,37 +108,26 @@ def encode_in_order(
         for tag, question in questions:
             yield tag, encoder(question)
         return
+    batches = _batches(questions)
     pool = process_pool(workers, _make_encoder, config, ranks, max_error)
-    waiting: deque[tuple[list[Tag], Future[list[Answer]]]] = deque()
-    try:
-        for batch in _batches(questions):
-            waiting.append((batch.tags, pool.submit(_encode, batch.questions)))
-            if len(waiting) >= _BATCHES_AHEAD * workers:
-                tags, oldest = waiting.popleft()
-                yield from zip(tags, oldest.result())
-        for tags, oldest in waiting:
-            yield from zip(tags, oldest.result())
-    except BrokenProcessPool as problem:
-        raise DataError(
-            "an encoding process died, perhaps for want of memory; run the same command again to go on after the last "
-            f"finished shard, with fewer than --workers {workers} if memory is short"
-        ) from problem
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+    with closing(map_in_order(batches, _encode, pool, workers)) as made:
+        for tags, answers in made:
+            yield from zip(tags, answers)
 
 
-def _batches(questions: Iterable[tuple[Tag, Question]]) -> Iterator[_Batch[Tag]]:
-    batch: _Batch[Tag] = _Batch()
+def _batches(questions: Iterable[tuple[Tag, Question]]) -> Iterator[tuple[list[Tag], list[Question]]]:
+    tags: list[Tag] = []
+    batch: list[Question] = []
     num_positions = 0
     for tag, question in questions:
-        batch.tags.append(tag)
-        batch.questions.append(question)
+        tags.append(tag)
+        batch.append(question)
         num_positions += len(question.labelled)
         if num_positions >= _BATCH_POSITIONS:
-            yield batch
-            batch, num_positions = _Batch(), 0
-    if batch.questions:
-        yield batch
+            yield tags, batch
+            tags, batch, num_positions = [], [], 0
+    if batch:
+        yield tags, batch
 
 
 _encoder: Encoder
