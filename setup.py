@@ -14,6 +14,7 @@ setup(
         "deepspeed>=0.18,<0.20",
         "transformers>=5.0,<6",
         "datasets>=4.0,<6",
+        "pyarrow>=21.0",
         "webdataset>=1.0,<2",
         "fsspec[http]>=2024.6",
         "s3fs>=2024.6",

@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import os
-from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future
-from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing
 from itertools import chain
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 
-from data_tools.processes import process_pool
-from engine.errors import DataError
+from data_tools.processes import map_in_order, process_pool
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _BATCH_CHARACTERS = 1 << 18
-_BATCHES_AHEAD = 4
 
 Tag = TypeVar("Tag")
 
@@ -90,23 +86,10 @@ def encode_in_order(
         for batch in _batches(texts):
             yield from _tagged(batch.tags, encoder(batch.texts))
         return
-    pool = process_pool(workers, _make_encoder, spec)
-    waiting: deque[tuple[list[Tag], Future[_Encoded]]] = deque()
-    try:
-        for batch in _batches(texts):
-            waiting.append((batch.tags, pool.submit(_encode, batch.texts)))
-            if len(waiting) >= _BATCHES_AHEAD * workers:
-                tags, oldest = waiting.popleft()
-                yield from _tagged(tags, oldest.result())
-        for tags, oldest in waiting:
-            yield from _tagged(tags, oldest.result())
-    except BrokenProcessPool as problem:
-        raise DataError(
-            "a tokenizer process died, perhaps for want of memory; run the same command again to go on after the last "
-            f"finished shard, with fewer than --workers {workers} if memory is short"
-        ) from problem
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+    batches = ((batch.tags, batch.texts) for batch in _batches(texts))
+    with closing(map_in_order(batches, _encode, process_pool(workers, _make_encoder, spec), workers)) as made:
+        for tags, encoded in made:
+            yield from _tagged(tags, encoded)
 
 
 def _tagged(tags: list[Tag], encoded: _Encoded) -> Iterator[tuple[Tag, np.ndarray]]:

@@ -185,7 +185,7 @@ def test_a_dead_process_is_an_error_and_no_hang(
 ) -> None:
     monkeypatch.setattr(tokenizing, "_make_encoder", _die)
     source = write_text(tmp_path / "a.txt", some_documents(9))
-    with pytest.raises(DataError, match="a tokenizer process died"):
+    with pytest.raises(DataError, match="a worker process died"):
         build_shards.main(arguments(source, decoder_tokenizer, tmp_path / "out", "--workers", "2"))
 
 

@@ -37,6 +37,7 @@ OWNERS = {
     "tensorboard": ("engine/tracking", *EVERYWHERE),
     "webdataset": ("engine/data/shards.py", *EVERYWHERE),
     "datasets": ("engine/tasks", "data_tools", *EVERYWHERE),
+    "pyarrow": ("data_tools", *EVERYWHERE),
     "transformers": ("engine/models.py", "engine/student", "engine/teacher", "engine/tasks", "engine/export.py",
                      *EVERYWHERE),
 }  # fmt: skip
