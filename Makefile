@@ -1,11 +1,12 @@
-# make demo [TASK=causal_lm]   from nothing to a distilled student and its report
-# make test                    lint, types and tests
+# make demo [TASK=causal_lm] [TEACHER=cached]   from nothing to a distilled student and its report
+# make test                                     lint, types and tests
 #
 # Everything is installed into .venv, once, in the versions of constraints.txt. pip's own settings decide where from:
 # a machine without a GPU can spare itself the CUDA build of torch with PIP_EXTRA_INDEX_URL or PIP_FIND_LINKS.
 
 PYTHON ?= python3
 TASK ?= masked_lm
+TEACHER ?= online
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -18,7 +19,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 .DELETE_ON_ERROR:
 
 demo: $(DEMO_READY)
-	@$(BIN)/python launch/demo.py --task $(TASK)
+	@$(BIN)/python launch/demo.py --task $(TASK) --teacher $(TEACHER)
 
 test: $(TEST_READY)
 	$(BIN)/ruff check .

@@ -13,11 +13,10 @@ from engine.asking import Asker
 from engine.cache.claims import Claims
 from engine.cache.folder import CLAIMS, unwritable
 from engine.cache.journal import fold
-from engine.cache.sidecar import INDEX_DTYPE, SidecarWriter, Sums
+from engine.cache.sidecar import INDEX_DTYPE, SidecarWriter
 from engine.config.run import RunConfig
 from engine.data.manifest import ShardEntry
 from engine.dist import StopSignal
-from engine.evaluation import EvenlySpaced
 from engine.teacher.opening import join_cache
 
 
@@ -144,22 +143,22 @@ class Trial:
 
 
 def try_capture(config: RunConfig, device: torch.device, num_samples: int) -> Trial:
-    """Ask for ``num_samples`` samples spread over the shards, after one batch that is not timed. Writes nothing."""
+    """Ask for about ``num_samples`` samples, in batches spread over the shards, the first of them twice: once untimed.
+
+    Writes nothing. Raises what Asker does.
+    """
     asker = Asker(config, device)
-    counts = asker.shards.manifest.samples_per_shard
-    spread = EvenlySpaced(counts, min(num_samples, sum(counts)))
-    wanted = [spread.locate(number) for number in range(spread.sequences_per_epoch)]
-    made: list[Sums] = []
-    num_bytes, started = 0, 0.0
-    for place in [wanted[0], *wanted]:
-        record = place.index * asker.num_rounds
-        for answer in asker.answers(place.shard, [range(record, record + 1)]):
-            if started:
-                num_bytes += sum(len(each.content) + INDEX_DTYPE.itemsize for each, _ in answer)
-                made += [sums for _, sums in answer]
-        started = started or time.perf_counter()
-    seconds = time.perf_counter() - started
-    num_tokens, num_positions = (sum(getattr(each, name) for each in made) for name in ("num_tokens", "num_positions"))
+    batches = [(shard, batch) for shard in range(len(asker.shards.manifest.shards)) for batch in asker.batches(shard)]
+    count = min(len(batches), max(1, num_samples // config.cache.micro_sequences))
+    wanted = [batches[number * len(batches) // count] for number in range(count)]
+    list(asker.answers(wanted[0][0], [wanted[0][1]]))
+    began = time.perf_counter()
+    made = [each for shard, batch in wanted for answer in asker.answers(shard, [batch]) for each in answer]
+    seconds = time.perf_counter() - began
+    num_tokens, num_positions = (
+        sum(getattr(sums, name) for _, sums in made) for name in ("num_tokens", "num_positions")
+    )
+    num_bytes = sum(len(record.content) + INDEX_DTYPE.itemsize for record, _ in made)
     return Trial(
         num_samples=len(made),
         bytes_a_position=num_bytes / max(1, num_positions),

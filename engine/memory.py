@@ -185,7 +185,8 @@ def head_loss_bytes(
     """The fused loss at its peak: the fp32 gradient of the head [V, H], gradients and states of N rows, a chunk."""
     vocab_size, width = head.shape
     size = VALUE_BYTES[precision]
-    arrays = logit_arrays(config.losses, kind)
+    from_cache = config.teacher.kind == "cached" and teacher_width is None
+    arrays = logit_arrays([] if from_cache else config.losses, kind) + from_cache
     chunk_rows = min(num_rows, max(16, CHUNK_BYTES[kind] // (4 * vocab_size)))
     states = num_rows * (2 * width + (teacher_width or 0)) * size
     return (4 + size) * vocab_size * width + states + arrays * 4 * chunk_rows * vocab_size

@@ -93,13 +93,13 @@ class RecordMaker:
         record = {"loss/objective": sum(weighted)}
         record |= {f"loss/{name}": value for name, value in mean.items() if name not in METRICS}
         record |= {"student/loss": mean["student_nll"], "student/perplexity": _perplexity(mean["student_nll"])}
-        if mean["teacher_nll"] > 0.0:
-            record |= {
-                "teacher/perplexity": _perplexity(mean["teacher_nll"]),
-                "kl/temperature_1": mean["kl_temperature_1"],
-                "agreement/top1": mean["agreement"],
-            }
-        return record
+        # a cache may know the teacher's first choice and neither its loss nor its distribution at temperature 1
+        known = {
+            "teacher/perplexity": _perplexity(mean["teacher_nll"]) if mean["teacher_nll"] else None,
+            "kl/temperature_1": mean["kl_temperature_1"] or None,
+            "agreement/top1": mean["agreement"] if any(mean[name] for name in METRICS[1:]) else None,
+        }
+        return record | {name: value for name, value in known.items() if value is not None}
 
     @staticmethod
     def headline(record: dict[str, float]) -> dict[str, str]:

@@ -56,10 +56,11 @@ class Parts:
 
     @property
     def data_identity(self) -> dict[str, Any]:
-        """What the order of the data depends on: the same for the same shards wherever they lie."""
+        """What the order of the data depends on, and the cache: the same wherever the same files lie."""
         manifest = self.shards.manifest
         digest = hashlib.sha256(json.dumps([shard.sha256 for shard in manifest.shards]).encode()).hexdigest()
-        return {"shards_sha256": digest, "num_samples": manifest.num_samples}
+        identity: dict[str, Any] = {"shards_sha256": digest, "num_samples": manifest.num_samples}
+        return identity if self.cache is None else identity | {"cache_sha256": self.cache.identity.sha256}
 
 
 def accelerator_of(device: torch.device) -> Accelerator:

@@ -126,7 +126,9 @@ class Planner:
             deepspeed_name=name,
         )
         student = shell(self._student, MODEL_CLASSES[config.task.kind])
-        teacher = shell(self._teacher, MODEL_CLASSES[config.task.kind]) if self._teacher is not None else None
+        teacher = None
+        if self._teacher is not None and (config.teacher.kind == "online" or config.teacher.on_missing == "ask"):
+            teacher = shell(self._teacher, MODEL_CLASSES[config.task.kind])
         counted = count_parameters(student)
         state = student_state_bytes(counted.total + _projection_parameters(config, student, teacher), run)
         parts = _state_parts(state) + _step_parts(student, teacher, run, self._data.sequence_tokens, self._machine.kind)

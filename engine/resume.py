@@ -48,7 +48,8 @@ def _prepare_folder(folder: Path, parts: Parts, resume: str) -> Path | None:
         check_owner(folder, parts.run.config)
         found = Path(resume)
         read_meta(found)
-    write_start(folder, parts.run.config, parts.run.deepspeed, {"origins": list(parts.student.origins)})
+    facts = {"origins": list(parts.student.origins)} | ({"cache": parts.cache.facts()} if parts.cache else {})
+    write_start(folder, parts.run.config, parts.run.deepspeed, facts)
     parts.student.model.config.save_pretrained(folder / "student")
     parts.tokenizer.save_pretrained(folder / "student")
     return found

@@ -1,9 +1,10 @@
 """From nothing to a distilled student and its report, on the documentation that comes with every Python.
 
-    python launch/demo.py --task masked_lm|causal_lm
+    python launch/demo.py --task masked_lm|causal_lm [--teacher online|cached]
 
 Text becomes shards; a teacher learns from them; then one and the same student is trained twice, with the teacher and
-without. Everything lies in runs/demo-TASK. Run it again to go on where it was stopped.
+without. With --teacher cached the teacher is asked once, for all of the data, and the student learns from what was
+kept. Everything lies in runs/demo-TASK, or demo-TASK-cached. Run it again to go on where it was stopped.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from engine.log import run_main
 from engine.report import Results, results_table
 from engine.report.results import RESULTS
 from launch.demo_process import run_shown, tail
-from launch.demo_recipes import HELDOUT_SHARE, SEQUENCE_TOKENS, STAGES, VOCABULARY_IDS, recipe
+from launch.demo_recipes import CACHE, HELDOUT_SHARE, SEQUENCE_TOKENS, STAGES, VOCABULARY_IDS, recipe
 from launch.demo_tokenizer import train_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -47,8 +48,8 @@ class Stage(NamedTuple):
 class Demo:
     """The stages of one task below ``folder``."""
 
-    def __init__(self, task: str, folder: Path) -> None:
-        self.task, self.folder = task, folder
+    def __init__(self, task: str, folder: Path, cached: bool) -> None:
+        self.task, self.folder, self.cached = task, folder, cached
         devices = torch.cuda.device_count()
         self.num_ranks = min(2, devices) if devices else 2
         self.recipes = {stage: folder / "recipes" / f"{stage}.yaml" for stage in STAGES}
@@ -60,17 +61,26 @@ class Demo:
             "control": f"training the student without a teacher, as the control, on {ranks}",
             "student": f"distilling the student on {ranks}, then scoring all three",
         }
-        return [
+        stages = [
             Stage("reading this Python's documentation", folder / "corpus.jsonl", self.make_corpus),
             Stage("training a tokenizer on it", folder / "tokenizer", self.make_tokenizer),
             Stage("building shards, and held-out ones", folder / "shards" / "manifest.json", self.build_shards),
             *(Stage(trained[name], folder / name / RESULTS, partial(self.train, name)) for name in STAGES),
         ]
+        if self.cached:
+            asking = (
+                "asking the teacher once, in 2 jobs, for all of the data" if ranks != "1 rank" else "asking the teacher"
+            )
+            stages[-1:-1] = [
+                Stage(asking, folder / "shards" / CACHE / "manifest.json", self.ask),
+                Stage("checking every record of the cache", folder / "logs" / "verified", self.verify),
+            ]
+        return stages
 
     def write_recipes(self) -> None:
         """Raises ConfigError when the folder was made by other recipes."""
         for stage, path in self.recipes.items():
-            text = yaml.safe_dump(recipe(stage, self.task, self.folder, ZERO), sort_keys=False)
+            text = yaml.safe_dump(recipe(stage, self.task, self.folder, ZERO, self.cached), sort_keys=False)
             if path.is_file() and path.read_text() != text:
                 raise ConfigError(
                     f"{path} is not this version's recipe, so {self.folder} was made by another: "
@@ -97,10 +107,23 @@ class Demo:
         self._run("shards", words)
 
     def train(self, stage: str) -> None:
+        self._launch(stage, "distill.py", stage)
+
+    def ask(self) -> None:
+        self._launch("targets", "cache_teacher.py", "student")
+
+    def verify(self) -> None:
+        script = str(ROOT / "data_tools" / "verify_cache.py")
+        self._run(
+            "verify", [sys.executable, script, "--config", str(self.recipes["student"]), "--against-teacher", "64"]
+        )
+        (self.folder / "logs" / "verified").touch()
+
+    def _launch(self, name: str, script: str, stage: str) -> None:
         """By the launcher's module, so that the command ``deepspeed`` need not be on PATH. Its stdout is chatter."""
         words = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(self.num_ranks)]
-        words += ["--master_port", str(_free_port()), str(ROOT / "launch" / "distill.py")]
-        self._run(stage, [*words, "--config", str(self.recipes[stage])], show_stdout=False)
+        words += ["--master_port", str(_free_port()), str(ROOT / "launch" / script)]
+        self._run(name, [*words, "--config", str(self.recipes[stage])], show_stdout=False)
 
     def _run(self, name: str, words: list[str], show_stdout: bool = True) -> None:
         log = self.folder / "logs" / f"{name}.log"
@@ -117,9 +140,12 @@ class Demo:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", choices=("masked_lm", "causal_lm"), default="masked_lm", help="default: masked_lm")
-    parser.add_argument("--output", type=Path, help="default: runs/demo-TASK")
+    parser.add_argument("--teacher", choices=("online", "cached"), default="online", help="default: online")
+    parser.add_argument("--output", type=Path, help="default: runs/demo-TASK, or demo-TASK-cached")
     arguments = parser.parse_args(argv)
-    demo = Demo(arguments.task, (arguments.output or ROOT / "runs" / f"demo-{arguments.task}").resolve())
+    cached = arguments.teacher == "cached"
+    folder = ROOT / "runs" / f"demo-{arguments.task}{'-cached' if cached else ''}"
+    demo = Demo(arguments.task, (arguments.output or folder).resolve(), cached)
     demo.write_recipes()
     started = time.monotonic()
     stages = demo.stages()

@@ -51,8 +51,16 @@ _LOSSES: dict[str, list[dict[str, Any]]] = {
 }
 
 
-def recipe(stage: str, task: str, folder: Path, zero: Path) -> dict[str, Any]:
-    """The run YAML of ``stage``, which writes to ``folder``/``stage`` and reads what earlier stages left beside it."""
+CACHE = "targets"
+_MASK_ROUNDS = 2
+"""Of a student that learns from a cache, and of its control: each round is asked for."""
+
+
+def recipe(stage: str, task: str, folder: Path, zero: Path, cached: bool = False) -> dict[str, Any]:
+    """The run YAML of ``stage``, which writes to ``folder``/``stage`` and reads what earlier stages left beside it.
+
+    ``cached``: the student's teacher is asked once, before.
+    """
     config: dict[str, Any] = {
         "run": {"name": stage, "output": str(folder), "seed": 17, "num_steps": _NUM_STEPS[task][stage]},
         "task": {"kind": task, "tokenizer": str(folder / "tokenizer")},
@@ -75,7 +83,11 @@ def recipe(stage: str, task: str, folder: Path, zero: Path) -> dict[str, Any]:
     }
     if task == "masked_lm":
         config["task"]["mask_fraction"] = 0.3  # twice the usual: a short run needs the labels
+        if cached and stage != "teacher":
+            config["task"]["mask_rounds"] = _MASK_ROUNDS
     if stage == "student":
         config["teacher"] = {"kind": "online", "model": str(folder / "teacher" / "export")}
+        if cached:
+            config["teacher"] |= {"kind": "cached", "cache": CACHE}
         config["evaluation"]["control"] = str(folder / "control" / "export")
     return config

@@ -1,7 +1,9 @@
 """Would this run fit, and how long would it take? Answered on any machine, without a GPU and without weights.
 
     python launch/preflight.py --config run.yaml --world-size 16 --device-memory 80GB --device H100 [key.path=value ...]
+    python launch/preflight.py --config run.yaml --cache-trial 64 [key.path=value ...]
 
+The second asks the teacher for some samples, here and now, and foretells its cache: how large, and how long it takes.
 Shapes come from the models' configs, samples from the manifest (or --samples and --sequence-tokens before there are
 shards). Exit codes: 0 it fits, 1 it does not, 2 an error of yours to mend.
 """
@@ -40,6 +42,12 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--mfu", type=float, default=0.35, help="share of the peak FLOPs reached (default: 0.35)")
     parser.add_argument("--samples", type=int, help="samples of the data, instead of the manifest's")
     parser.add_argument("--sequence-tokens", type=int, help="tokens of a sample, instead of the manifest's")
+    parser.add_argument(
+        "--cache-trial",
+        type=int,
+        metavar="N",
+        help="ask the teacher for N samples here, and foretell the cache's size and the hours to make it",
+    )
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="settings that replace the YAML's")
     return parser.parse_intermixed_args()
 
@@ -55,6 +63,9 @@ def main() -> int:
         arguments.device,
         arguments.mfu,
     )
+    if arguments.cache_trial:
+        print("\n".join(_trial_lines(arguments.config, arguments.overrides, arguments.cache_trial)))
+        return 0
     planner = Planner(arguments.config, arguments.overrides, machine, arguments.samples, arguments.sequence_tokens)
     plan = planner.plan()
     print("\n".join([*_run_lines(plan, machine), "", *_memory_lines(plan), "", *_cost_lines(plan, machine), ""]))
@@ -123,6 +134,26 @@ def _refusal_lines(plan: Plan, machine: Machine, remedies: list[tuple[str, Plan]
     if not any(changed.fits(machine) for _, changed in remedies):
         lines.append("  No single change is enough: use several, more devices, or a smaller model.")
     return lines
+
+
+def _trial_lines(path: str, overrides: list[str], num_samples: int) -> list[str]:
+    import torch
+
+    from engine.capture import try_capture
+    from engine.config.load import load_config
+
+    config = load_config(path, overrides)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    trial = try_capture(config, device, num_samples)
+    rounds = f" in {config.task.mask_rounds} rounds of masks" if config.task.kind == "masked_lm" else ""
+    positions = trial.num_tokens * trial.positions_a_token
+    return [
+        f"Trial       {_plural(trial.num_samples, 'sample')}, codec {config.cache.codec.kind}, on one {device.type}",
+        f"              {trial.tokens_a_second:,.0f} tokens/s, {trial.bytes_a_position:.1f} bytes a position",
+        f"Cache       {_count(trial.num_tokens)} tokens{rounds}, {_count(positions)} positions with a target",
+        f"              = {_size(round(trial.cache_bytes))}",
+        f"Time        about {_hours(trial.hours)} for one job like this one; jobs share the work evenly",
+    ]
 
 
 def _model(counted: ParameterCount) -> str:

@@ -197,6 +197,22 @@ class CacheFolder:
         others = sum(len(read_bytes(beside(self.address, name))) for name in (IDENTITY, RANKS, MANIFEST))
         return others + sum(entry.num_bytes for entry in manifest.values())
 
+    def facts(self) -> dict[str, str]:
+        """For people: what the cache is, and what all its sidecars hold when it is complete."""
+        codec = {key: value for key, value in self.identity.codec.items() if key not in ("kind", "version")}
+        settings = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in codec.items())
+        facts = {"codec": f"{self.identity.codec['kind']}: {settings}", "of": self.identity.teacher_name}
+        headers = [entry.header for entry in (self.manifest() or {}).values()]
+        total = {name: sum(header[name] for header in headers) for name in ("num_positions", "num_pairs")}
+        if total["num_positions"]:
+            num_bytes, positions = self.num_bytes(), total["num_positions"]
+            facts["size"] = f"{num_bytes / 1e6:,.1f} MB, {num_bytes / positions:.1f} bytes a position"
+            facts["positions"] = f"{positions:,} in {len(headers):,} shards"
+        if total["num_pairs"]:
+            kept = sum(header["kept_mass"] for header in headers) / total["num_positions"]
+            facts["kept"] = f"{total['num_pairs'] / total['num_positions']:.1f} ids a position, {kept:.1%} of the mass"
+        return facts
+
     def claims(self) -> list[str]:
         """A line for each shard that a job is at work on."""
         if is_remote(self.address):

@@ -22,7 +22,7 @@ REPORT = "report.html"
 TEMPLATE = "report.html.j2"
 CONFIG_FILES = ("config.yaml", "ds_config.json")
 ENVIRONMENT = "environment.json"
-ORIGINS = "origins"
+ORIGINS, CACHE = "origins", "cache"
 
 
 def write_report(run_folder: Path, *, results: Results | None = None) -> Path:
@@ -51,19 +51,22 @@ class RunFiles:
     environment: list[tuple[str, str]]
     origins: list[tuple[str, str]]
     """each group of the student's weights, and where it came from"""
+    cache: list[tuple[str, str]]
+    """what the targets were read from; empty for a teacher that was asked online"""
     num_steps: int | None
     """steps that were planned"""
 
 
 def _read_folder(run_folder: Path) -> RunFiles:
     texts = {name: _text(run_folder / name) for name in CONFIG_FILES}
-    environment, origins = _environment(_text(run_folder / ENVIRONMENT))
+    environment, origins, cache = _environment(_text(run_folder / ENVIRONMENT))
     return RunFiles(
         records=read_records(run_folder / METRICS),
         events=read_records(run_folder / EVENTS),
         configs=[(name, texts[name]) for name in CONFIG_FILES if texts[name]],
         environment=environment,
         origins=origins,
+        cache=cache,
         num_steps=_planned_steps(texts["config.yaml"]),
     )
 
@@ -72,14 +75,19 @@ def _text(path: Path) -> str:
     return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
 
 
-def _environment(text: str) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
-    """Rows with nested keys joined by dots, or the whole text where it does not parse; and the origins kept in it."""
+Rows = list[tuple[str, str]]
+
+
+def _environment(text: str) -> tuple[Rows, Rows, Rows]:
+    """Rows with nested keys joined by dots, or the whole text where it does not parse; the origins and the cache that
+    are kept in it."""
     try:
         stored = json.loads(text or "{}")
         origins = [(str(group), str(source)) for group, source in stored.pop(ORIGINS, [])]
+        cache = [(str(name), str(value)) for name, value in stored.pop(CACHE, {}).items()]
     except (ValueError, TypeError, AttributeError):
-        return [(ENVIRONMENT, text)], []
-    return list(_flat(stored, "")), origins
+        return [(ENVIRONMENT, text)], [], []
+    return list(_flat(stored, "")), origins, cache
 
 
 def _flat(value: Any, prefix: str) -> Sequence[tuple[str, str]]:
@@ -130,6 +138,7 @@ def render(name: str, files: RunFiles, results: Results | None) -> str:
         phases=sections.phases(files.records),
         incidents=sections.incidents(files.records, files.events),
         origins=results.origins if results and results.origins else files.origins,
+        cache=files.cache,
         configs=files.configs,
         environment=files.environment,
     )

@@ -10,6 +10,9 @@ import pytest
 import torch
 
 from engine import Distiller
+from engine.cache.folder import CacheFolder
+from engine.cache.sidecar import INDEX_DTYPE
+from engine.capture import try_capture
 from engine.checkpoint import newest
 from engine.config.load import parse_config
 from engine.data.loader import Loader
@@ -209,3 +212,16 @@ def test_a_resumed_run_goes_on_bit_for_bit(root: Path, task: str) -> None:
         stopped = trained(cached_run(root, task, run={"num_steps": steps}, schedule={"kind": "constant"}), "stopped")
     one, other = (consolidate(newest(folder / "checkpoints")) for folder in (straight, stopped))
     assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize("codec", ["sampled", "top_p", "hidden"])
+def test_a_trial_foretells_the_size(root: Path, task: str, codec: str) -> None:
+    """From a quarter of the samples; what is small change in a cache of any size is left out."""
+    config = parse_config(cached_run(root, task, codec))
+    trial = try_capture(config, CPU, 24 * (3 if task == "masked_lm" else 1))
+    folder = root / "train" / codec
+    records = sum(CacheFolder.open(str(folder / "cache.json")).sidecar(entry).header.record_bytes
+                  for entry in parts_of(cached_run(root, task, codec)).shards.manifest.shards)  # fmt: skip
+    num_records = 96 * (3 if task == "masked_lm" else 1)
+    assert trial.cache_bytes == pytest.approx(records + num_records * INDEX_DTYPE.itemsize, rel=0.04)
+    assert trial.hours > 0.0
