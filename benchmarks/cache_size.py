@@ -1,9 +1,15 @@
-"""Bytes a position of a teacher cache, and how far its gradient is from that of the whole distribution.
+"""Bytes a position of a teacher cache, and how far the gradient under its targets is from full distillation's.
 
-On the logits of a real teacher over real text. The gradient is that of forward KL at temperature 1 with respect to all
-weights of a real student, over all samples at once; its angle and length are compared with full distillation's. Ways:
-systematic draws (the ``sampled`` codec), independent draws written by the same code, and the k most likely ids
-renormalised. Bytes hold the records and, for each sample, an index entry of 16 bytes and a hash of 8.
+On the answers of a real teacher over real text, through the codecs that write caches and the loss that reads them. The
+gradient is that of forward KL at temperature 1 with respect to all weights of a real student. Its angle and length are
+compared with those under the whole distribution, for each batch and for all batches added up. Ways:
+
+- systematic draws (the ``sampled`` codec), and independent draws written by the same code
+- ``top_k`` and ``top_p``, with each way to handle the tail
+- DistillKit's scheme at its recommended and its budget setting, reconstructed as published, tail as a bucket
+
+Bytes are those of the records and their index; what a sidecar has once (some 4 KB) is left out. The KL of a
+reconstruction is over the kept ids and the rest as one outcome.
 
     python benchmarks/cache_size.py --teacher FOLDER --student FOLDER --manifest shards/manifest.json
 """
@@ -12,28 +18,44 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from cache_ways import Way, ways
 from measuring import leave_nothing_behind, print_table, write_json
 from torch import Tensor
 
-from engine.cache.sampled import Draws, SampledCodec, counted, draw_systematically
+from engine.cache.distribution import Exponentiator
+from engine.cache.folder import ranks_of
+from engine.cache.kept import Kept, joined
+from engine.cache.sidecar import INDEX_DTYPE
 from engine.config.run import ModelSection, TaskSection
+from engine.config.terms import ForwardKL
 from engine.data.loader import Loader
 from engine.data.order import DataOrder
 from engine.data.shards import ShardSet
 from engine.data.stateless import fold, random_bits
+from engine.losses.head import head_logits
+from engine.losses.objective import Objective, Shape, StepContext
 from engine.models import load_model
-from engine.schema import Batch
+from engine.schema import Batch, DenseTargets, SparseTargets, Targets
+from engine.student.module import StudentWithObjective
 from engine.tasks.task import Task, build_task
 from engine.tasks.tokenizer import load_tokenizer
+from engine.teacher.online import OnlineTeacher
 
-SAMPLE_BYTES = 16 + 8
-Way = Callable[[Tensor, int], Draws]
+CHUNK_ROWS = 256
+
+
+class Answered(NamedTuple):
+    """A batch with the teacher's answer."""
+
+    batch: Batch
+    dense: DenseTargets
+    lengths: list[int]
+    """positions of each sample"""
 
 
 def main() -> None:
@@ -41,29 +63,17 @@ def main() -> None:
     leave_nothing_behind()
     shards = ShardSet.open(arguments.manifest)
     section = TaskSection(kind=shards.manifest.task, mask_fraction=arguments.mask_fraction)
-    task = build_task(section, load_tokenizer(arguments.teacher), shards.manifest, shards.token_counts())
-    batch = take_batch(shards, task, arguments.samples)
-    p = torch.softmax(logits_of(arguments.teacher, task, batch).detach(), dim=1)
-    student = logits_of(arguments.student, task, batch)
-    exact = Gradient(student, p)
-    samples = (batch.label_rows // batch.labels.shape[1]).numpy()
-    ranks = ranking(shards.token_counts())
-    rows = [
-        measure(name, way, num_draws, p, exact, samples, ranks)
-        for num_draws in arguments.draws
-        for name, way in (("systematic", systematic), ("independent", independent))
-    ]
-    rows += [measure_top(k, p, exact) for k in arguments.top]
-    facts = {
-        "positions": len(p),
-        "ids": p.shape[1],
-        "entropy_nats": -torch.special.xlogy(p, p).sum(dim=1).mean().item(),
-        "top_1": p.amax(dim=1).mean().item(),
-    }
-    print(", ".join(f"{name} {value:,.2f}" for name, value in facts.items()))
-    header = ["way", "ids a position", "bytes a position", "bits an id", "target error", "angle, degrees", "norm ratio"]
-    keys = ["way", "ids", "bytes", "bits_an_id", "target_error", "angle", "norm_ratio"]
-    print_table(header, [[r[k] if isinstance(r[k], str) else f"{r[k]:.3f}" for k in keys] for r in rows])
+    task = build_task(section, load_tokenizer(arguments.tokenizer or arguments.teacher), shards.manifest,
+                      shards.token_counts())  # fmt: skip
+    answered = ask(arguments, shards, task)
+    gradients = Gradients(arguments.student, task, shards.manifest.vocab_size)
+    exact = [gradients.of(each, each.dense) for each in answered]
+    facts = facts_of(answered, shards.manifest.vocab_size)
+    print(", ".join(f"{name} {value:,.2f}" for name, value in facts.items()), flush=True)
+    header = ["way", "ids", "bytes", "bits an id", "KL", "angle, a batch", "angle, all", "norm ratio"]
+    keys = ["way", "ids", "bytes", "bits_an_id", "kl", "angle_batch", "angle_all", "norm_ratio"]
+    rows = [measure(way, answered, gradients, exact) for way in ways(arguments.draws, ranks_of(shards))]
+    print_table(header, [[r[k] if isinstance(r[k], str) else f"{r[k]:.4g}" for k in keys] for r in rows])
     write_json(arguments.output, {"settings": vars(arguments) | {"output": None}, "facts": facts, "ways": rows})
 
 
@@ -72,113 +82,126 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--teacher", required=True, help="model folder")
     parser.add_argument("--student", required=True, help="model folder of the student whose gradient is compared")
     parser.add_argument("--manifest", required=True, help="shards to take the samples from")
-    parser.add_argument("--samples", type=int, default=64)
-    parser.add_argument("--mask-fraction", type=float, default=0.3)
-    parser.add_argument("--draws", type=int, nargs="+", default=[16, 32, 50, 64, 100])
-    parser.add_argument("--top", type=int, nargs="+", default=[12, 50, 128])
+    parser.add_argument("--tokenizer", help="folder (default: the teacher's)")
+    parser.add_argument("--batches", type=int, default=8)
+    parser.add_argument("--sequences", type=int, default=8, help="of a batch")
+    parser.add_argument("--mask-fraction", type=float, default=0.15)
+    parser.add_argument("--draws", type=int, nargs="+", default=[16, 32, 50, 64])
     parser.add_argument("--output", type=Path, help="write the figures there as JSON")
     return parser.parse_args()
 
 
-def take_batch(shards: ShardSet, task: Task, samples: int) -> Batch:
+def ask(arguments: argparse.Namespace, shards: ShardSet, task: Task) -> list[Answered]:
     order = DataOrder(shards.manifest.samples_per_shard, seed=0, lanes=1, shuffle_samples=1024)
-    loader = Loader(shards, order, task.label, num_steps=1, global_sequences=samples, micro_sequences=samples)
-    return next(loader.steps()).micro_batches[0]
-
-
-def logits_of(folder: str, task: Task, batch: Batch) -> Tensor:
-    """[N, V] fp32 at the labelled positions, with their graph."""
-    model = load_model(ModelSection(model=folder), task.model_class_name, torch.float32, "model").eval()
-    return model(**task.model_inputs(batch, model)).logits.flatten(0, 1)[batch.label_rows].float()
-
-
-class Gradient:
-    """That of the student's weights under targets [N, V]."""
-
-    def __init__(self, logits: Tensor, targets: Tensor) -> None:
-        self._logits, self._q = logits, torch.softmax(logits.detach(), dim=1)
-        self._weights = list(_leaves(logits))
-        self._exact = self._of(targets)
-
-    def _of(self, targets: Tensor) -> Tensor:
-        parts = torch.autograd.grad(self._logits, self._weights, self._q - targets, retain_graph=True)
-        return torch.cat([part.flatten() for part in parts])
-
-    def compare(self, targets: Tensor) -> tuple[float, float]:
-        """Angle in degrees and ratio of lengths to the gradient under the exact targets."""
-        got = self._of(targets)
-        cosine = torch.dot(got, self._exact) / (got.norm() * self._exact.norm())
-        return math.degrees(math.acos(min(1.0, cosine.item()))), (got.norm() / self._exact.norm()).item()
-
-
-def _leaves(tensor: Tensor) -> set[Tensor]:
-    """The weights that the graph of ``tensor`` begins with."""
-    found, seen, open_nodes = set(), set(), [tensor.grad_fn]
-    while open_nodes:
-        node = open_nodes.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if hasattr(node, "variable"):
-            found.add(node.variable)
-        open_nodes += [following for following, _ in node.next_functions]
+    size = arguments.sequences
+    loader = Loader(shards, order, task.label, num_steps=arguments.batches, global_sequences=size, micro_sequences=size)
+    model = load_model(ModelSection(model=arguments.teacher), task.model_class_name, torch.float32, "teacher")
+    teacher = OnlineTeacher(model, task.model_inputs, hidden_states=False)
+    found = []
+    for step in loader.steps():
+        (batch,) = step.micro_batches
+        lengths = torch.bincount(batch.label_rows // batch.labels.shape[1], minlength=size).tolist()
+        found.append(Answered(batch, teacher.targets_for(batch, batch.label_rows), lengths))
     return found
 
 
-def systematic(p: Tensor, num_draws: int) -> Draws:
-    offsets = (random_bits(fold("offsets"), len(p)) >> np.uint64(11)).astype(np.float64) * 2.0**-53
-    return draw_systematically(p, torch.from_numpy(offsets), num_draws)
+class Gradients:
+    """Of forward KL with respect to all weights of the student, through the fused loss."""
 
-
-def independent(p: Tensor, num_draws: int) -> Draws:
-    generator = torch.Generator().manual_seed(0)
-    return counted(torch.multinomial(p, num_draws, replacement=True, generator=generator).sort(dim=1).values)
-
-
-def ranking(token_counts: np.ndarray) -> np.ndarray:
-    ranks = np.empty(len(token_counts), np.int64)
-    ranks[np.argsort(-token_counts, kind="stable")] = np.arange(len(token_counts))
-    return ranks
-
-
-def measure(
-    name: str, way: Way, num_draws: int, p: Tensor, exact: Gradient, samples: np.ndarray, ranks: np.ndarray
-) -> dict[str, Any]:
-    codec = SampledCodec(ranks, num_draws)
-    draws = way(p, num_draws)
-    num_bytes, read = 0, []
-    for sample in np.unique(samples):
-        first, end = np.searchsorted(samples, [sample, sample + 1])
-        mine = (draws.positions >= first) & (draws.positions < end)
-        record = codec.encode(
-            Draws(int(end - first), draws.positions[mine] - first, draws.ids[mine], draws.counts[mine])
+    def __init__(self, folder: str, task: Task, num_ids: int) -> None:
+        model = load_model(ModelSection(model=folder), task.model_class_name, torch.float32, "student").eval()
+        shape = Shape(model.config.hidden_size, model.config.num_hidden_layers)
+        objective = Objective(
+            (ForwardKL(kind="forward_kl"),), num_steps=1, num_ids=num_ids, student=shape, teacher=None
         )
-        num_bytes += len(record) + SAMPLE_BYTES
-        read.append((first, codec.decode(record)))
-    targets = torch.zeros_like(p)
-    for first, part in read:
-        targets[torch.from_numpy(part.positions + first), torch.from_numpy(part.ids)] = (
-            torch.from_numpy(part.counts).float() / num_draws
-        )
-    row = compared(f"{name}, {num_draws} draws", p, targets, exact)
-    return row | {
-        "ids": len(draws.ids) / len(p),
-        "bytes": num_bytes / len(p),
-        "bits_an_id": 8 * num_bytes / len(draws.ids),
+        self._module = StudentWithObjective(model, objective, task.model_inputs)
+        self._weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+    def of(self, answered: Answered, targets: Targets) -> Tensor:
+        batch = answered.batch
+        loss, _ = self._module(batch, targets, StepContext(0, batch.num_labels, batch.num_tokens, False))
+        return torch.cat([part.flatten() for part in torch.autograd.grad(loss, self._weights)])
+
+
+def compare(got: Tensor, exact: Tensor) -> tuple[float, float]:
+    """Angle in degrees, and the ratio of the lengths."""
+    cosine = torch.dot(got, exact).double() / (got.norm().double() * exact.norm().double())
+    return math.degrees(math.acos(min(1.0, cosine.item()))), (got.norm() / exact.norm()).item()
+
+
+def facts_of(answered: list[Answered], num_ids: int) -> dict[str, float]:
+    sums, positions = torch.zeros(3, dtype=torch.float64), 0
+    for each in answered:
+        labels = each.batch.labels.flatten()[each.batch.label_rows]
+        for rows, teacher in distributions(each.dense, labels, num_ids):
+            sums += torch.stack([teacher.entropy.sum(), teacher.nll.sum(), (1.0 / teacher.total).sum()])
+            positions += len(labels[rows])
+    entropy, nll, top = (sums / positions).tolist()
+    facts = {"positions": positions, "ids": num_ids, "entropy_nats": entropy, "top_1": top}
+    return facts | {"teacher_perplexity": math.exp(nll)}
+
+
+def distributions(dense: DenseTargets, labels: Tensor, num_ids: int) -> Any:
+    exponentiate = Exponentiator(CHUNK_ROWS, num_ids, labels.device)
+    for start in range(0, len(labels), CHUNK_ROWS):
+        rows = slice(start, start + CHUNK_ROWS)
+        yield rows, exponentiate(head_logits(dense.hidden[rows], dense.head, num_ids), labels[rows])
+
+
+def measure(way: Way, answered: list[Answered], gradients: Gradients, exact: list[Tensor]) -> dict[str, Any]:
+    num_ids = gradients._module.objective.num_ids
+    num_bytes, pairs, positions, kl, angles = 0, 0, 0, 0.0, []
+    total = torch.zeros_like(exact[0])
+    for number, each in enumerate(answered):
+        labels = each.batch.labels.flatten()[each.batch.label_rows]
+        bits = random_bits(fold("offsets", number), len(labels)) >> np.uint64(11)
+        offsets = torch.from_numpy(bits.astype(np.float64) * 2.0**-53)
+        parts = []
+        for rows, teacher in distributions(each.dense, labels, num_ids):
+            parts.append(way.select(teacher, offsets[rows]))
+        kept = joined(parts)
+        read, size = way.store(kept, each.lengths)
+        num_bytes += size + len(each.lengths) * INDEX_DTYPE.itemsize
+        pairs += len(read.ids)
+        positions += len(labels)
+        kl += reconstruction_kl(kept, read)
+        gradient = gradients.of(each, targets_of(read, way.handling))
+        angles.append(compare(gradient, exact[number])[0])
+        total += gradient
+    angle, ratio = compare(total, torch.stack(exact).sum(dim=0))
+    return {
+        "way": way.name,
+        "ids": pairs / positions,
+        "bytes": num_bytes / positions,
+        "bits_an_id": 8 * num_bytes / pairs,
+        "kl": kl / positions if way.handling else math.nan,
+        "angle_batch": float(np.mean(angles)),
+        "angle_all": angle,
+        "norm_ratio": ratio,
     }
 
 
-def measure_top(k: int, p: Tensor, exact: Gradient) -> dict[str, Any]:
-    """Its bytes are those of no codec yet."""
-    values, ids = p.topk(k, dim=1)
-    targets = torch.zeros_like(p).scatter_(1, ids, values / values.sum(dim=1, keepdim=True))
-    return compared(f"top {k}", p, targets, exact) | {"ids": float(k), "bytes": math.nan, "bits_an_id": math.nan}
+def targets_of(kept: Kept, handling: str | None) -> SparseTargets:
+    ids, weights = kept.padded()
+    nothing = torch.zeros(kept.num_positions)
+    tail = None if kept.tail is None else torch.from_numpy(kept.tail)
+    top_ids = torch.from_numpy(ids[:, 0])
+    return SparseTargets(
+        torch.from_numpy(ids), torch.from_numpy(weights), top_ids, nothing, nothing, 1.0, tail, handling
+    )
 
 
-def compared(name: str, p: Tensor, targets: Tensor, exact: Gradient) -> dict[str, Any]:
-    angle, ratio = exact.compare(targets)
-    error = (targets - p).square().sum(dim=1).sqrt().mean().item()
-    return {"way": name, "target_error": error, "angle": angle, "norm_ratio": ratio}
+def reconstruction_kl(kept: Kept, read: Kept) -> float:
+    """Sum over positions, over the kept ids and the rest."""
+    if kept.tail is None or read.tail is None:
+        return math.nan
+    by_place = [np.lexsort((each.ids, each.positions)) for each in (kept, read)]
+    wanted = dict(zip(zip(kept.positions.tolist(), kept.ids.tolist()), kept.values.tolist()))
+    p = np.array([wanted[pair] for pair in zip(read.positions[by_place[1]].tolist(), read.ids[by_place[1]].tolist())])
+    got = read.values[by_place[1]].astype(np.float64)
+    inside = np.bincount(read.positions[by_place[1]], p * np.log(p / got), read.num_positions)
+    rest = np.maximum(1.0 - np.bincount(read.positions[by_place[1]], p, read.num_positions), 1e-12)
+    return float((inside + rest * np.log(rest / np.maximum(read.tail, 1e-12))).sum())
 
 
 if __name__ == "__main__":
