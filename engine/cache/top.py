@@ -81,6 +81,13 @@ class TopCodec:
         values = (p / total[positions]).astype(np.float32)
         return Kept(positions, ids, values, ids[starts], (tail / total).astype(np.float32))
 
+    def parts(self, record: bytes) -> dict[str, int]:
+        """``ids`` hold the classes too, the coarse part of the values. Raises ValueError."""
+        (num_positions, *lengths), start = varints.decode(record, 1 + self._pairs.num_lists)
+        bounds = self._pairs.bounds(np.array([num_positions]))
+        ids = int(elias_fano.num_bytes(np.array([lengths]), bounds)[0])
+        return {"header": start, "ids": ids, "values": len(record) - start - ids}
+
     def _read(self, records: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """[K] positions, ids and levels of the pairs, and [P] levels of the tails."""
         headers, rests = [], []
