@@ -13,11 +13,11 @@ from data_tools.cache_checks import CacheCheck
 from data_tools.cache_records import States
 from data_tools.target_errors import TargetErrors
 from engine.cache.recording import Asked, build_recorder
-from engine.cache.sidecar import Sidecar
+from engine.cache.sidecar import Record, Sidecar
 from engine.config.cache import CacheSection, HiddenSection
 from engine.config.run import RunConfig
 from engine.data.collate import collate
-from engine.errors import ConfigError, DataError, StillhouseError
+from engine.errors import CacheError, ConfigError, DataError, StillhouseError
 from engine.losses.head import head_logits
 from engine.models import DTYPES, cast, load_model, move
 from engine.parts import check_model
@@ -31,7 +31,7 @@ class Answer(NamedTuple):
 
     truth: Tensor | States
     """[N, V] float64 probabilities, or the states"""
-    content: bytes
+    record: Record
     """what a fresh capture would write"""
 
 
@@ -67,14 +67,15 @@ def compare_with_teacher(config: RunConfig, check: CacheCheck, num_samples: int)
     for place in _spread(check, num_samples):
         try:
             record = place.sidecar.read(place.number)
-            decoded = check.reader.decode(record.content)
-        except (DataError, ValueError) as problem:
-            problems.append(f"{place.sidecar.place(place.number)}: cannot be compared with the teacher: {problem}")
+            decoded = check.reader.sound(place.sidecar, place.number)
+        except (DataError, CacheError) as problem:
+            problems.append(str(problem))
             continue
         answer = teacher.ask(place)
         places.append(place)
-        num_equal += answer.content == record.content
-        if far := errors.add(decoded, answer.truth):
+        num_equal += answer.record.content == record.content
+        figures = (record.nll - answer.record.nll, record.entropy - answer.record.entropy)
+        for far in errors.add(decoded, answer.truth, max(map(abs, figures))):
             problems.append(f"{place.sidecar.place(place.number)}: {far}; make the cache anew")
     lines.append(f"asked about {len(places)} samples in {identity.teacher_precision} on {device.type}:")
     lines += [f"  {line}" for line in errors.lines()] if places else []
@@ -125,10 +126,10 @@ class _Teacher:
         if isinstance(selected.kept, DenseTargets):
             num_tokens = [len(sample.token_ids) for sample in asked.samples]
             layers = [layer.split(num_tokens)[at] for layer in selected.kept.hidden_states]
-            return Answer(States(rows.cpu(), layers), record.content)
+            return Answer(States(rows.cpu(), layers), record)
         identity = self._check.folder.identity
         logits = head_logits(rows, answer.head, identity.vocab_size).double() / identity.temperature
-        return Answer(torch.softmax(logits, dim=1).cpu(), record.content)
+        return Answer(torch.softmax(logits, dim=1).cpu(), record)
 
     def _asked(self, place: Place) -> tuple[Asked, int]:
         identity, header = self._check.folder.identity, place.sidecar.header

@@ -11,8 +11,10 @@ from torch import Tensor
 from engine.cache.codec import Codec, build_codec, read_codec
 from engine.cache.folder import CacheFolder
 from engine.cache.kept import Kept
+from engine.cache.sidecar import REMEDY, Sidecar
 from engine.cache.states import StatesCodec
 from engine.config.cache import HiddenSection, SampledSection
+from engine.errors import CacheError
 
 
 class States(NamedTuple):
@@ -48,11 +50,22 @@ class RecordReader:
         except Exception as problem:  # past its checks, what a decoder raises depends on the damage
             raise ValueError(str(problem) or type(problem).__name__) from problem
 
-    def parts(self, content: bytes) -> dict[str, int]:
-        """What the bytes of a record are for."""
+    def parts(self, sidecar: Sidecar, number: int) -> dict[str, int]:
+        """What the bytes of a record are for. Raises DataError or CacheError for a damaged one."""
         codec = self.codec or self.states
         assert codec is not None
-        return codec.parts(content) if content else {}
+        content = sidecar.read(number).content
+        try:
+            return codec.parts(content) if content else {}
+        except ValueError as problem:
+            raise CacheError(f"{sidecar.place(number)}: does not decode ({problem}); {REMEDY}") from problem
+
+    def sound(self, sidecar: Sidecar, number: int) -> Kept | States:
+        """A record decoded. Raises DataError or CacheError for a damaged one."""
+        try:
+            return self.decode(sidecar.read(number).content)
+        except ValueError as problem:
+            raise CacheError(f"{sidecar.place(number)}: does not decode ({problem}); {REMEDY}") from problem
 
     def fault(self, decoded: Kept | States, num_positions: int, num_tokens: int) -> str | None:
         """What is impossible in a record of a sample of ``num_positions`` labels; None when all is well."""
