@@ -14,11 +14,14 @@ import numpy as np
 import pytest
 
 from data_tools import cache_bytes, describe_cache, verify_cache
+from data_tools.cache_checks import CacheCheck
 from data_tools.cache_records import RecordReader
+from data_tools.sidecar_checks import check_sidecar
 from engine.cache.claims import Claims
 from engine.cache.folder import CacheFolder
 from engine.cache.kept import Kept
 from engine.cache.sidecar import HEAD_BYTES, Record, Sidecar, SidecarWriter, Sums
+from engine.config.load import parse_config
 from engine.data.manifest import Manifest
 from engine.data.shards import ShardSet
 from engine.errors import CacheError, ConfigError
@@ -81,8 +84,6 @@ class Copy:
                 assert re.search(line, out), f"{line!r} not in:\n{out}"
             assert re.search(r"checked.*: \d+ problem", out.splitlines()[-1])
         self.restore()
-        code, out = self.verify("--quick")
-        assert code == 0, out
 
     def rewrite(self, shard: int, change: Callable[[list[Record]], list[Record]], **more: int) -> None:
         """The sidecar of a shard with other records, or with ``more`` in its sums, whose every hash is right."""
@@ -134,8 +135,8 @@ def test_a_clean_cache_passes(copy: Copy) -> None:
 
 
 def test_processes_say_what_one_says(copy: Copy) -> None:
-    if copy.codec != "sampled":
-        pytest.skip("the same for all codecs")
+    if (copy.codec, copy.task) != ("sampled", "causal_lm"):
+        pytest.skip("the same for all")
     flip(copy.folder / NAMES[1], HEAD_BYTES + 3)
     assert copy.verify(workers=2) == copy.verify(workers=1)
 
@@ -168,9 +169,9 @@ def test_no_flipped_bit_of_a_header_goes_unseen(copy: Copy) -> None:
     length = len(json.dumps(asdict(copy.sidecar(2).header), indent=1))
     for turn, at in enumerate(np.linspace(512, 512 + length - 1, 25).astype(int).tolist()):
         flip(path, at, 1 << turn % 8)
-        code, out = copy.verify()
-        assert code == 1, at
-        assert NAMES[2] in out, at
+        problems = check_sidecar(CacheCheck(parse_config(copy.config)), 2, quick=False).problems
+        assert problems, at
+        assert all(NAMES[2] in line for line in problems), at
         flip(path, at, 1 << turn % 8)
     assert copy.verify("--quick")[0] == 0
 
