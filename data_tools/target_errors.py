@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,17 +14,26 @@ from engine.cache.levels import FLOOR
 from engine.cache.states import RELATIVE_ERROR
 from engine.config.cache import CodecSection, HiddenSection, SampledSection
 
-NOISE = {"fp32": 1e-4, "fp16": 5e-3, "bf16": 3e-2}
-"""How far a teacher's probabilities and states may move, of the largest, between two devices."""
-LOG_NOISE = {"fp32": 1e-3, "fp16": 5e-2, "bf16": 0.3}
-"""Likewise its log-probabilities, in nats: an unlikely id moves further."""
+
+class Noise(NamedTuple):
+    """How far a teacher's numbers may move from one device, library or batch to another."""
+
+    p: float
+    """of a probability"""
+    log_p: float
+    """of a log-probability, in nats: an unlikely id moves further"""
+    state: float
+    """of a state, of its row's largest"""
+
+
+NOISE = {"fp32": Noise(1e-4, 1e-3, 1e-3), "fp16": Noise(5e-3, 0.05, 0.02), "bf16": Noise(3e-2, 0.3, 0.1)}
 
 
 class TargetErrors:
     """Gathers the errors of samples of a cache with this codec, made of a teacher in this precision."""
 
     def __init__(self, section: CodecSection, precision: str) -> None:
-        self._section, self._precision = section, precision
+        self._section, self._noise = section, NOISE[precision]
         self._largest = 0.0
         self._largest_of_figures = 0.0
         self._divergence = 0.0
@@ -46,7 +56,7 @@ class TargetErrors:
             return
         self._num_positions += len(truth)
         self._largest_of_figures = max(self._largest_of_figures, of_figures / len(truth))
-        if not of_figures / len(truth) <= LOG_NOISE[self._precision]:
+        if not of_figures / len(truth) <= self._noise.log_p:
             yield f"-log p of its labels, or its entropy, is {of_figures / len(truth):.3g} nats a position off"
         if isinstance(self._section, SampledSection):
             yield from self._add_draws(decoded, truth, self._section)
@@ -72,11 +82,11 @@ class TargetErrors:
 
     def _limit(self) -> float:
         if isinstance(self._section, SampledSection):
-            return 1.0 + self._section.num_draws * NOISE[self._precision]
+            return 1.0 + self._section.num_draws * self._noise.p
         if isinstance(self._section, HiddenSection):
-            return RELATIVE_ERROR[self._section.dtype] + NOISE[self._precision]
+            return RELATIVE_ERROR[self._section.dtype] + self._noise.state
         # a position's probabilities are scaled to the sum of 1 when they are read, by no more than their own error
-        return 2.0 * self._section.max_error + LOG_NOISE[self._precision]
+        return 2.0 * self._section.max_error + self._noise.log_p
 
     def _add_draws(self, kept: Kept, p: Tensor, section: SampledSection) -> Iterator[str]:
         if section.proposal_temperature != 1.0:
