@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from data_tools import cache_bytes, describe_cache, verify_cache
 from data_tools.cache_checks import CacheCheck
@@ -29,6 +30,15 @@ from tests import tiny
 from tests.caching import CODECS, cached_run, make_cache
 
 NAMES = [f"shard-{number:06d}.targets.tar" for number in range(3)]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Threads of so small a model wait for each other ten times as long as they work, where others work too."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module", params=["causal_lm", "masked_lm"])
