@@ -32,6 +32,9 @@ class Codec(Protocol):
     def decode(self, records: Sequence[bytes]) -> Kept:
         """Several records laid end to end. Raises ValueError when one is cut short."""
 
+    def parts(self, record: bytes) -> dict[str, int]:
+        """What the bytes of a record are for: ``header``, ``ids`` and ``values``, which add up to all of them."""
+
 
 def describe_codec(section: CodecSection) -> dict[str, Any]:
     """What cache.json says of the codec."""

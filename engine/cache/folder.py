@@ -128,9 +128,8 @@ class CacheFolder:
         Raises CacheError when it is missing or damaged, and naming both sides when it belongs to another cache, shard
         or version of the data.
         """
-        address = beside(self.address, sidecar_name(entry.name))
-        source: ByteSource = RemoteFile(address, self._blocks) if is_remote(address) else LocalFile(address)
-        sidecar = Sidecar(source, address)
+        sidecar = self.sidecar_called(sidecar_name(entry.name))
+        address = sidecar.address
         header = sidecar.header
         sides = (
             ("is of another cache: its cache.json has sha256", header.cache, self.identity.sha256),
@@ -146,6 +145,12 @@ class CacheFolder:
                     "launch/cache_teacher.py, or point data.manifest and teacher.cache at those that belong together"
                 )
         return sidecar
+
+    def sidecar_called(self, name: str) -> Sidecar:
+        """The sidecar in the file ``name``, of whatever shard. Raises CacheError when it is missing or damaged."""
+        address = beside(self.address, name)
+        source: ByteSource = RemoteFile(address, self._blocks) if is_remote(address) else LocalFile(address)
+        return Sidecar(source, address)
 
     def manifest(self) -> dict[str, SidecarEntry] | None:
         """The sidecars by name; None while the cache is not complete. Raises CacheError when it is damaged."""
@@ -194,7 +199,8 @@ class CacheFolder:
     def num_bytes(self) -> int:
         """All that the complete cache takes: sidecars, manifest and the rest."""
         manifest = self.manifest() or {}
-        others = sum(len(read_bytes(beside(self.address, name))) for name in (IDENTITY, RANKS, MANIFEST))
+        names = [IDENTITY, RANKS, MANIFEST] + ([HEAD] if self.identity.head_sha256 else [])
+        others = sum(len(read_bytes(beside(self.address, name))) for name in names)
         return others + sum(entry.num_bytes for entry in manifest.values())
 
     def facts(self) -> dict[str, str]:

@@ -52,3 +52,7 @@ class ImportanceCodec:
         """Sorted by position, the largest weight first. Raises ValueError when a record is cut short."""
         kept = self._pairs.decode(records)
         return replace(kept, values=kept.values / np.float32(_SCALE))
+
+    def parts(self, record: bytes) -> dict[str, int]:
+        """``ids`` hold the classes too, the coarse part of the weights. Raises ValueError."""
+        return self._pairs.parts(record)

@@ -61,6 +61,13 @@ class LevelledPairs:
         tail = np.exp(self._log_p[tail_level]).astype(np.float32) if self._with_tail else None
         return Kept(positions, ids, weights, top_ids, tail)
 
+    def parts(self, record: bytes) -> dict[str, int]:
+        """Bytes of a record by what they are for. Raises ValueError."""
+        (num_positions, *lengths), start = varints.decode(record, 1 + self._pairs.num_lists)
+        bounds = self._pairs.bounds(np.array([num_positions]))
+        ids = int(elias_fano.num_bytes(np.array([lengths]), bounds)[0])
+        return {"header": start, "ids": ids, "values": len(record) - start - ids}
+
     def _read(self, records: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, int]:
         """[K] positions, ids and levels of the pairs, [P] levels of the tails, if there are any, and P."""
         headers, rests = [], []

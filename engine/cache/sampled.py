@@ -66,6 +66,13 @@ class SampledCodec:
         parts = [self._decode(piece) for piece in pieces]
         return parts[0] if len(parts) == 1 else joined(parts)
 
+    def parts(self, record: bytes) -> dict[str, int]:
+        """``values`` is what the running sum of the counts adds to the lists of pairs. Raises ValueError."""
+        header, start = varints.decode(record, 2 + self._pairs.num_lists)
+        lengths, bounds = self._lists(np.array([header], np.int64))
+        ids = int(elias_fano.num_bytes(lengths[:, :-1], bounds[:, :-1])[0])
+        return {"header": start, "ids": ids, "values": len(record) - start - ids}
+
     def _decode(self, records: Sequence[bytes]) -> Kept:
         headers, codes = [], []
         for record in records:

@@ -228,10 +228,12 @@ class Sidecar:
         entry, start = self.index[number], int(self._offsets[number])
         content = self._source.read(start, start + int(entry["num_bytes"]))
         if zlib.crc32(content) != entry["crc32"]:
-            raise DataError(
-                f"{self.address}, record {number} at byte {start:,}: flipped bits (its CRC-32 differs); {REMEDY}"
-            )
+            raise DataError(f"{self.place(number)}: flipped bits (its CRC-32 differs); {REMEDY}")
         return Record(content, int(entry["input_hash"]), float(entry["nll"]), float(entry["entropy"]))
+
+    def place(self, number: int) -> str:
+        """Where record ``number`` lies, for people."""
+        return f"{self.address}, record {number} at byte {int(self._offsets[number]):,}"
 
 
 def _tar_header(name: str, num_bytes: int) -> bytes:

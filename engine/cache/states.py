@@ -52,6 +52,11 @@ class StatesCodec:
                 layer.append(part)
         return torch.cat(hidden), [torch.cat(layer) for layer in layers]
 
+    def parts(self, record: bytes) -> dict[str, int]:
+        """What the bytes of a record are for. Raises ValueError."""
+        _, start = varints.decode(record, 2)
+        return {"header": start, "states": len(record) - start}
+
     def _to_bytes(self, rows: Tensor) -> Tensor:
         if self._dtype != "fp8":
             return rows.to(_DTYPES[self._dtype]).contiguous().view(torch.uint8)

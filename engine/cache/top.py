@@ -48,3 +48,7 @@ class TopCodec:
         total = np.add.reduceat(np.append(kept.values, 0.0), starts) + kept.tail
         values = (kept.values / total[kept.positions]).astype(np.float32)
         return Kept(kept.positions, kept.ids, values, kept.top_ids, (kept.tail / total).astype(np.float32))
+
+    def parts(self, record: bytes) -> dict[str, int]:
+        """``ids`` hold the classes too, the coarse part of the values. Raises ValueError."""
+        return self._pairs.parts(record)

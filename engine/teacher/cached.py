@@ -22,7 +22,7 @@ from engine.data.address import OnceCache
 from engine.data.collate import Labelled
 from engine.data.manifest import Manifest
 from engine.data.order import Location
-from engine.errors import CacheError, MissingError
+from engine.errors import CacheError, DataError, MissingError
 from engine.schema import (
     Batch,
     CachedStates,
@@ -87,7 +87,13 @@ class CachedTargets:
             if self._live is None:
                 raise CacheError(f"{problem}; run launch/cache_teacher.py again") from problem
             return self._live.journal.find(lacking.shard, lacking.number) or lacking
-        return sidecar.read(lacking.number)
+        record = sidecar.read(lacking.number)
+        if not record.content:
+            raise DataError(
+                f"{sidecar.address}, record {lacking.number} is empty: its sample was damaged when the teacher was "
+                "asked. With the data mended, delete this file and run launch/cache_teacher.py again"
+            )
+        return record
 
     def targets(
         self, records: Sequence[Record | Lacking | None], samples: Sequence[Sample], labelled: Labelled, batch: Batch
@@ -117,7 +123,7 @@ class CachedTargets:
             if self._codec is None:
                 return self._cached_states(contents, batch)
             return self._sparse(self._codec.decode(contents), records, np.array(lengths))
-        except ValueError as problem:
+        except (ValueError, IndexError, RuntimeError) as problem:  # what NumPy and torch raise goes by the damage
             names = ", ".join(sample.name for sample in samples)
             raise CacheError(f"{self._folder.address}: a record of {names} does not decode: {problem}") from problem
 

@@ -1,0 +1,154 @@
+"""The teacher asked anew about some samples of a cache: how far the cache is from it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data_tools.cache_checks import CacheCheck
+from data_tools.cache_records import States
+from data_tools.target_errors import TargetErrors
+from engine.cache.recording import Asked, build_recorder
+from engine.cache.sidecar import Record, Sidecar
+from engine.config.cache import CacheSection, HiddenSection
+from engine.config.run import RunConfig
+from engine.data.collate import collate
+from engine.errors import CacheError, ConfigError, DataError, StillhouseError
+from engine.losses.head import head_logits
+from engine.models import DTYPES, cast, load_model, move
+from engine.parts import check_model
+from engine.schema import DenseTargets, Sample
+from engine.teacher.fingerprint import fingerprint_teacher
+from engine.teacher.online import OnlineTeacher
+
+
+class Answer(NamedTuple):
+    """What the teacher says now about one record's sample."""
+
+    truth: Tensor | States
+    """[N, V] float64 probabilities, or the states"""
+    record: Record
+    """what a fresh capture would write"""
+
+
+class Place(NamedTuple):
+    """A record of the cache."""
+
+    shard: int
+    sidecar: Sidecar
+    number: int
+
+
+def compare_with_teacher(config: RunConfig, check: CacheCheck, num_samples: int) -> tuple[list[str], list[str]]:
+    """Lines that tell how near the cache is, and the problems. Raises ConfigError for a teacher that does not load."""
+    if config.teacher.model is None:
+        raise ConfigError("--against-teacher: teacher.model is not given; name the teacher that the cache was made of")
+    identity = check.folder.identity
+    lines, problems = [], []
+    if (found := fingerprint_teacher(config.teacher)) == identity.teacher:
+        lines.append(f"teacher: {config.teacher.model}, fingerprint {found[:12]}, as in the cache")
+    else:
+        problems.append(
+            f"{check.folder.address}: made of the teacher {identity.teacher_name} with fingerprint "
+            f"{identity.teacher[:12]}, but teacher.model {config.teacher.model} has {found[:12]}; name the cache's own "
+            "teacher, or make the cache anew"
+        )
+    if check.reader is None or not check.is_of_task:
+        return [*lines, "the teacher was not asked: no record can be compared before the problems below are mended"], (
+            problems
+        )
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    teacher = _Teacher(config, check, device)
+    errors, num_equal, places = TargetErrors(check.reader.section, identity.teacher_precision), 0, []
+    for place in _spread(check, num_samples):
+        try:
+            record = place.sidecar.read(place.number)
+            decoded = check.reader.sound(place.sidecar, place.number)
+        except (DataError, CacheError) as problem:
+            problems.append(str(problem))
+            continue
+        answer = teacher.ask(place)
+        places.append(place)
+        num_equal += answer.record.content == record.content
+        figures = (record.nll - answer.record.nll, record.entropy - answer.record.entropy)
+        for far in errors.add(decoded, answer.truth, max(map(abs, figures))):
+            problems.append(f"{place.sidecar.place(place.number)}: {far}; make the cache anew")
+    lines.append(f"asked about {len(places)} samples in {identity.teacher_precision} on {device.type}:")
+    lines += [f"  {line}" for line in errors.lines()] if places else []
+    lines.append(f"  byte-identical to a fresh capture: {num_equal} of {len(places)} records")
+    return lines, problems
+
+
+def _spread(check: CacheCheck, count: int) -> Iterator[Place]:
+    """Samples evenly over the sidecars that can be opened, with their rounds in turn."""
+    opened = []
+    for shard, entry in enumerate(check.shards.manifest.shards):
+        try:
+            opened.append((shard, check.folder.sidecar(entry)))
+        except StillhouseError:
+            continue  # it is told of already
+    ends = np.cumsum([sidecar.header.num_samples for _, sidecar in opened])
+    total = int(ends[-1]) if opened else 0
+    for turn, sample in enumerate(sorted({total * i // count for i in range(min(count, total))})):
+        which = int(np.searchsorted(ends, sample, side="right"))
+        shard, sidecar = opened[which]
+        inside = sample - int(ends[which]) + sidecar.header.num_samples
+        rounds = sidecar.header.num_rounds
+        yield Place(shard, sidecar, inside * rounds + turn % rounds)
+
+
+class _Teacher:
+    """teacher.model, asked just as the job was that made the cache."""
+
+    def __init__(self, config: RunConfig, check: CacheCheck, device: torch.device) -> None:
+        assert check.reader is not None
+        self._check, self._device = check, device
+        identity, section = check.folder.identity, check.reader.section
+        model = load_model(config.teacher, check.task.model_class_name, torch.float32, "teacher")
+        check_model(model, check.task, "teacher", identity.vocab_size, check.shards.manifest.sequence_tokens)
+        layers = isinstance(section, HiddenSection) and bool(section.layers)
+        model = move(cast(model, DTYPES[identity.teacher_precision]), device)
+        self._teacher = OnlineTeacher(model, check.task.model_inputs, hidden_states=layers)
+        cache = CacheSection(codec=section, temperature=identity.temperature, seed=identity.seed)
+        self._recorder = build_recorder(cache, check.folder.ranks(), self._teacher.head, identity.vocab_size)
+
+    def ask(self, place: Place) -> Answer:
+        """The whole micro-batch of the record is asked: the last digit of the teacher's numbers depends on it."""
+        asked, at = self._asked(place)
+        answer = self._teacher.targets_for(asked.batch, asked.batch.label_rows)
+        selected = self._recorder.select(asked, answer)
+        record, _ = self._recorder.encode(selected)[at]
+        rows = answer.hidden.split(selected.lengths)[at]
+        if isinstance(selected.kept, DenseTargets):
+            num_tokens = [len(sample.token_ids) for sample in asked.samples]
+            layers = [layer.split(num_tokens)[at] for layer in selected.kept.hidden_states]
+            return Answer(States(rows.cpu(), layers), record)
+        identity = self._check.folder.identity
+        logits = head_logits(rows, answer.head, identity.vocab_size).double() / identity.temperature
+        return Answer(torch.softmax(logits, dim=1).cpu(), record)
+
+    def _asked(self, place: Place) -> tuple[Asked, int]:
+        identity, header = self._check.folder.identity, place.sidecar.header
+        size = identity.micro_sequences
+        start = place.number // size * size
+        samples, rounds = [], []
+        for number in range(start, min(start + size, header.num_records)):
+            sample, turn = divmod(number, header.num_rounds)
+            samples.append(self._sample(place.shard, sample))
+            rounds.append(turn)
+        labelled = self._check.task.label(samples, rounds)
+        manifest = self._check.shards.manifest
+        batch = collate(samples, labelled, pad_id=manifest.pad_id, sequence_tokens=manifest.sequence_tokens)
+        return Asked(samples, rounds, labelled, batch.to(self._device)), place.number - start
+
+    def _sample(self, shard: int, number: int) -> Sample:
+        """A damaged one is left out, as it was when the cache was made."""
+        try:
+            return self._check.shards.read(shard, number)
+        except DataError:
+            nothing = np.empty(0, np.uint8)
+            return Sample(self._check.shards.manifest.shards[shard].name, f"{number}", nothing, nothing, sound=False)

@@ -1,0 +1,128 @@
+"""How far kept targets are from the teacher's own, and how far they may be."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from data_tools.cache_records import States
+from engine.cache.kept import Kept
+from engine.cache.levels import FLOOR
+from engine.cache.states import RELATIVE_ERROR
+from engine.config.cache import CodecSection, HiddenSection, SampledSection
+
+
+class Noise(NamedTuple):
+    """How far a teacher's numbers may move from one device, library or batch to another."""
+
+    p: float
+    """of a probability"""
+    log_p: float
+    """of a log-probability, in nats: an unlikely id moves further"""
+    state: float
+    """of a state, of its row's largest"""
+
+
+NOISE = {"fp32": Noise(1e-4, 1e-3, 1e-3), "fp16": Noise(5e-3, 0.05, 0.02), "bf16": Noise(3e-2, 0.3, 0.1)}
+
+
+class TargetErrors:
+    """Gathers the errors of samples of a cache with this codec, made of a teacher in this precision."""
+
+    def __init__(self, section: CodecSection, precision: str) -> None:
+        self._section, self._noise = section, NOISE[precision]
+        self._largest = 0.0
+        self._largest_of_figures = 0.0
+        self._divergence = 0.0
+        self._num_positions = 0
+
+    def add(self, decoded: Kept | States, truth: Tensor | States, of_figures: float) -> Iterator[str]:
+        """One sample; what is wrong where it is further from the teacher than the codec's own error.
+
+        ``of_figures`` is how far its sums over the positions, of -log p of the labels or of entropies, are off.
+        """
+        if isinstance(decoded, States):
+            assert isinstance(truth, States)
+            yield from self._add_states(decoded, truth)
+            return
+        assert isinstance(truth, Tensor)
+        if decoded.num_positions != len(truth):
+            yield f"has targets at {decoded.num_positions} positions, but its sample {len(truth)} labels"
+            return
+        if len(truth) == 0:
+            return
+        self._num_positions += len(truth)
+        self._largest_of_figures = max(self._largest_of_figures, of_figures / len(truth))
+        if not of_figures / len(truth) <= self._noise.log_p:
+            yield f"-log p of its labels, or its entropy, is {of_figures / len(truth):.3g} nats a position off"
+        if isinstance(self._section, SampledSection):
+            yield from self._add_draws(decoded, truth, self._section)
+        elif not isinstance(self._section, HiddenSection):
+            yield from self._add_likeliest(decoded, truth, self._section.max_error)
+
+    def lines(self) -> list[str]:
+        """For people."""
+        if isinstance(self._section, HiddenSection):
+            return [f"largest error of a state: {self._largest:.2e} of its row's largest (at most {self._limit():.2e})"]
+        figures = [f"largest error of -log p of labels and of entropy: {self._largest_of_figures:.2e} nats a position"]
+        if isinstance(self._section, SampledSection):
+            return [
+                f"largest distance of a share from the teacher's p: {self._largest:.3f} of {self._section.num_draws} "
+                "draws (below 1)",
+                *figures,
+            ]
+        return [
+            f"reconstruction KL: {self._divergence / max(1, self._num_positions):.2e} nats a position",
+            f"largest error of a log-probability: {self._largest:.4f} nats (at most {self._limit():.4f})",
+            *figures,
+        ]
+
+    def _limit(self) -> float:
+        if isinstance(self._section, SampledSection):
+            return 1.0 + self._section.num_draws * self._noise.p
+        if isinstance(self._section, HiddenSection):
+            return RELATIVE_ERROR[self._section.dtype] + self._noise.state
+        # a position's probabilities are scaled to the sum of 1 when they are read, by no more than their own error
+        return 2.0 * self._section.max_error + self._noise.log_p
+
+    def _add_draws(self, kept: Kept, p: Tensor, section: SampledSection) -> Iterator[str]:
+        if section.proposal_temperature != 1.0:
+            return  # weighted draws: their distance from p has no bound
+        shares = torch.zeros_like(p)
+        shares[torch.from_numpy(kept.positions).long(), torch.from_numpy(kept.ids).long()] = torch.from_numpy(
+            kept.values
+        ).double()
+        distance = float((shares - p).abs().max() * section.num_draws) if p.numel() else 0.0
+        self._largest = max(self._largest, distance)
+        if not distance < self._limit():
+            yield f"a share is {distance:.2f} draws from the teacher's p, expected less than 1"
+
+    def _add_likeliest(self, kept: Kept, p: Tensor, max_error: float) -> Iterator[str]:
+        assert kept.tail is not None
+        positions = torch.from_numpy(kept.positions).long()
+        true_p = p[positions, torch.from_numpy(kept.ids).long()]
+        read_p = torch.from_numpy(kept.values).double()
+        errors = true_p.clamp_min(1e-300).log() - read_p.clamp_min(1e-300).log()
+        is_above = true_p.log() > max_error - FLOOR  # those below are all kept as the floor
+        largest = float(errors[is_above].abs().max()) if is_above.any() else 0.0
+        self._largest = max(self._largest, largest)
+        true_tail = (1.0 - torch.zeros(len(p), dtype=p.dtype).index_add_(0, positions, true_p)).clamp_min(0.0)
+        of_tail = torch.special.xlogy(true_tail, true_tail / torch.from_numpy(kept.tail).double().clamp_min(1e-30))
+        self._divergence += float((true_p * errors).sum() + of_tail.sum())
+        if not largest <= self._limit():
+            yield f"a log-probability is {largest:.3f} nats from the teacher's, expected at most {self._limit():.3f}"
+
+    def _add_states(self, states: States, truth: States) -> Iterator[str]:
+        for found, expected in zip([states.hidden, *states.layers], [truth.hidden, *truth.layers]):
+            if found.shape != expected.shape:
+                yield f"has states of shape {tuple(found.shape)}, the teacher {tuple(expected.shape)}"
+                continue
+            wide = expected.float()
+            rows = (found.float() - wide).abs().amax(dim=1) / wide.abs().amax(dim=1).clamp_min(1e-30)
+            largest = float(torch.cat([rows, rows.new_zeros(1)]).max())
+            self._largest = max(self._largest, largest)
+            if not largest <= self._limit():
+                yield f"a state is {largest:.3g} of its row's largest from the teacher's, at most {self._limit():.3g}"
