@@ -192,6 +192,18 @@ def test_a_record_that_was_cut_short_is_refused() -> None:
             codec.decode([record, record[:length], record])
 
 
+@pytest.mark.parametrize(
+    "numbers", [[], [0], [0, 0, 0], [5, 0, 0, 1 << 40], [127, 128, 0], [0] * 300 + [1] + [0] * 200]
+)
+def test_whole_numbers_with_runs_of_zeros(numbers: list[int]) -> None:
+    content = varints.encode(numbers)
+    if numbers:
+        assert varints.decode(content + b"\x07", len(numbers)) == (numbers, len(content))
+    with pytest.raises(ValueError, match="of"):
+        varints.decode(content, len(numbers) + 1)
+    assert len(varints.encode([0] * 100)) == 2
+
+
 def test_lists_of_any_length_and_bound() -> None:
     chance = np.random.default_rng(0)
     for number in range(60):
