@@ -12,7 +12,7 @@ import pytest
 from engine import Distiller
 from engine.cache.claims import Claims
 from engine.cache.sidecar import HEAD_BYTES, INDEX_DTYPE
-from engine.errors import CacheError, DataError
+from engine.errors import CacheError, CheckpointError, DataError
 from tests import tiny
 from tests.caching import CODECS, cached_run, make_cache
 from tests.refusals import refused
@@ -175,6 +175,14 @@ def test_a_cache_still_being_written(root: Path) -> None:
 def test_no_cache_at_all(root: Path) -> None:
     refused(cached_run(root, teacher={"cache": "nowhere"}), CacheError, "nowhere/cache.json: there is no cache",
             "launch/cache_teacher.py")  # fmt: skip
+
+
+def test_a_run_goes_on_with_the_cache_it_began_with(root: Path) -> None:
+    Distiller(cached_run(root, run={"num_steps": 5}, schedule={"kind": "constant"})).fit()
+    shutil.rmtree(cached(root))
+    make_cache(cached_run(root, cache={"seed": 4}))
+    with pytest.raises(CheckpointError, match=r"was trained on other data .*cache_sha256"):
+        Distiller(cached_run(root, schedule={"kind": "constant"})).fit()
 
 
 def test_a_newer_format(root: Path) -> None:
