@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine.cache import elias_fano, varints, sampled
+from engine.cache import elias_fano, sampled, varints
 from engine.cache.distribution import Distributions, Exponentiator
 from engine.cache.drawing import draw_systematically
 from engine.cache.importance import ImportanceCodec
