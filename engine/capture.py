@@ -40,6 +40,10 @@ class Standing:
         return self.num_tokens / self.seconds if self.seconds else 0.0
 
 
+Show = Callable[[Callable[[], Standing]], None]
+"""Is given a way to look, since looking at all shards and claims takes a while on a shared disk."""
+
+
 class Capture:
     """One job: a teacher and the cache that it fills.
 
@@ -53,10 +57,11 @@ class Capture:
         self._num_tokens = self._positions = self._bytes = 0
         self._started = time.perf_counter()
 
-    def run(self, wanted: Sequence[int], stop: StopSignal, show: Callable[[Standing], None]) -> None:
+    def run(self, wanted: Sequence[int], stop: StopSignal, show: Show) -> None:
         """Make the missing sidecars of the shards ``wanted`` that no other job is making; then the manifest.
 
-        A signal ends it between two batches. Raises CacheError when the disk is full, DataError for damaged samples.
+        ``show`` is called after each batch. A signal ends it between two batches. Raises CacheError when the disk is
+        full, DataError for damaged samples.
         """
         self._started = time.perf_counter()
         try:
@@ -64,7 +69,7 @@ class Capture:
         except OSError as problem:  # a claim or the manifest
             raise unwritable(self.folder.path, problem) from problem
 
-    def _run(self, wanted: Sequence[int], stop: StopSignal, show: Callable[[Standing], None]) -> None:
+    def _run(self, wanted: Sequence[int], stop: StopSignal, show: Show) -> None:
         manifest = self.shards.manifest
         fold(self.folder, manifest)
         with Claims(self.folder.path / CLAIMS) as claims:
@@ -78,7 +83,7 @@ class Capture:
                         continue
                     try:
                         if not self.folder.path_of(entry).exists():  # it may have come between the look and the claim
-                            made += self._make(number, entry, stop, lambda: show(self.standing()))
+                            made += self._make(number, entry, stop, lambda: show(self.standing))
                     finally:
                         claims.release(entry.name)
                 if made == 0:

@@ -15,6 +15,8 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from engine.errors import ConfigError
@@ -22,6 +24,8 @@ from engine.log import Progress, run_main, setup
 
 if TYPE_CHECKING:
     from engine.capture import Capture, Standing
+
+LOOK_SECONDS = 2.0
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -70,10 +74,23 @@ def main() -> int:
         wanted = parse_shards(arguments.shards, len(capture.shards.manifest.shards))
         first = capture.standing()
         with Progress(first.num_shards, "shards", rank == 0, first.num_done) as progress:
-            capture.run(wanted, stop, lambda now: progress.update(now.num_done, _fields(now)))
+            capture.run(wanted, stop, Display(progress))
     for line in _summary(capture, stop.received):
         logging.getLogger("stillhouse").info("%s", line)
     return 0
+
+
+class Display:
+    """Looks how far the cache is, at most every few seconds."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress, self._next = progress, 0.0
+
+    def __call__(self, look: Callable[[], Standing]) -> None:
+        if self._progress.enabled and time.monotonic() >= self._next:
+            now = look()
+            self._progress.update(now.num_done, _fields(now))
+            self._next = time.monotonic() + LOOK_SECONDS
 
 
 def _fields(now: Standing) -> dict[str, str]:

@@ -189,8 +189,9 @@ class CacheFolder:
 
     def missing(self, data: Manifest) -> list[ShardEntry]:
         """The shards that have no sidecar. Raises CacheError for a remote cache without a manifest: who could tell?"""
-        if not is_remote(self.address):
-            return [entry for entry in data.shards if not self.path_of(entry).exists()]
+        if not is_remote(self.address):  # one listing instead of a question for each of thousands of files
+            there = {path.relative_to(self.path).as_posix() for path in self.path.rglob(f"*{SUFFIX}")}
+            return [entry for entry in data.shards if sidecar_name(entry.name) not in there]
         manifest = self.manifest()
         if manifest is None:
             raise CacheError(f"{beside(self.address, MANIFEST)}: missing; copy the cache there when it is complete")
