@@ -125,7 +125,8 @@ class Gradients:
 
 def compare(got: Tensor, exact: Tensor) -> tuple[float, float]:
     """Angle in degrees, and the ratio of the lengths."""
-    cosine = torch.dot(got, exact).double() / (got.norm().double() * exact.norm().double())
+    got, exact = got.double(), exact.double()
+    cosine = torch.dot(got, exact) / (got.norm() * exact.norm())
     return math.degrees(math.acos(min(1.0, cosine.item()))), (got.norm() / exact.norm()).item()
 
 

@@ -25,7 +25,7 @@ from measuring import by_turns, leave_nothing_behind, print_table, write_json
 from engine.asking import Asker
 from engine.cache.sidecar import Record
 from engine.config.load import load_config
-from engine.config.run import RunConfig
+from engine.config.run import RunConfig, TeacherSection
 from engine.config.terms import CrossEntropy
 from engine.data.loader import Loader
 from engine.data.order import DataOrder
@@ -71,7 +71,8 @@ class Training:
 
     def __init__(self, config: RunConfig, kind: str) -> None:
         if kind == "cross entropy":
-            config = config.model_copy(update={"losses": (CrossEntropy(kind="cross_entropy"),)})
+            labels_alone = (CrossEntropy(kind="cross_entropy"),)
+            config = config.model_copy(update={"losses": labels_alone, "teacher": TeacherSection()})
         if kind == "online":
             teacher = config.teacher.model_copy(update={"kind": "online", "cache": None})
             config = config.model_copy(update={"teacher": teacher})
