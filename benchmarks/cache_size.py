@@ -135,7 +135,9 @@ def facts_of(answered: list[Answered], num_ids: int) -> dict[str, float]:
     for each in answered:
         labels = each.batch.labels.flatten()[each.batch.label_rows]
         for rows, teacher in distributions(each.dense, labels, num_ids):
-            sums += torch.stack([teacher.entropy.sum(), teacher.nll.sum(), (1.0 / teacher.total).sum()])
+            sums += torch.stack(
+                [teacher.entropy.sum(), teacher.nll.sum(), (teacher.mass.amax(dim=1) / teacher.total).sum()]
+            )
             positions += len(labels[rows])
     entropy, nll, top = (sums / positions).tolist()
     facts = {"positions": positions, "ids": num_ids, "entropy_nats": entropy, "top_1": top}

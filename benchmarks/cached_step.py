@@ -5,9 +5,9 @@
 - decode: records to ids and probabilities on one core, and on to the tensors of a batch
 - capture: the whole of a caching job's work on a batch against the bare forward pass of the teacher, logits included
 
-Ways take turns. The run's cache must be there: launch/cache_teacher.py makes it.
+Ways take turns. The run's cache must be there for step and decode: launch/cache_teacher.py makes it.
 
-    python benchmarks/cached_step.py --config run.yaml [--output FILE.json] [key.path=value ...]
+    python benchmarks/cached_step.py --config run.yaml [--parts capture] [--output FILE.json] [key.path=value ...]
 """
 
 from __future__ import annotations
@@ -45,15 +45,15 @@ def main() -> None:
     leave_nothing_behind()
     config = load_config(arguments.config, arguments.overrides)
     figures: dict[str, Any] = {"settings": vars(arguments) | {"output": None}}
-    figures["step"] = time_steps(config, arguments)
-    figures["decode"] = time_decoding(config, arguments)
-    figures["capture"] = time_capture(config, arguments)
+    for part in arguments.parts:
+        figures[part] = PARTS[part](config, arguments)
     write_json(arguments.output, figures)
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True)
+    parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS))
     parser.add_argument("--turns", type=int, default=12)
     parser.add_argument("--seconds", type=float, default=180.0, help="of each part at most")
     parser.add_argument("--output", type=Path, help="write the figures there as JSON")
@@ -178,6 +178,8 @@ def show(title: str, seconds: dict[str, list[float]], base: str) -> dict[str, An
     print_table([title, "best s", "median s", "ratio"], rows)
     return found
 
+
+PARTS = {"step": time_steps, "decode": time_decoding, "capture": time_capture}
 
 if __name__ == "__main__":
     main()

@@ -11,9 +11,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
+import torch
 from torch import Tensor
 
-from engine.cache.distribution import TILE_IDS, Distributions
+from engine.cache.distribution import TILE_IDS, Distributions, sums_of_tiles
 from engine.cache.drawing import counted, draw_systematically
 from engine.cache.kept import Kept
 from engine.cache.levelled import LevelledPairs
@@ -33,8 +34,9 @@ class ImportanceCodec:
         self._pairs = LevelledPairs(ranks, _MAX_ERROR, with_tail=False)
 
     def select(self, teacher: Distributions, offsets: Tensor) -> Kept:
-        mass = teacher.mass.pow(self._exponent)
-        tile_mass = mass.view(len(mass), -1, TILE_IDS).sum(dim=2).double()
+        memory = teacher.mass.new_zeros(teacher.mass.numel() + TILE_IDS)
+        mass = torch.pow(teacher.mass, self._exponent, out=memory[:-TILE_IDS].view_as(teacher.mass))
+        tile_mass = sums_of_tiles(mass)
         total = tile_mass.sum(dim=1)
         proposal = Distributions(mass, tile_mass, total, teacher.nll, teacher.entropy)
         drawn = draw_systematically(proposal, offsets, self._num_draws)
