@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -91,4 +92,4 @@ class CacheIdentity:
 def _short(value: Any) -> str:
     """Hashes by their first digits."""
     values = value if isinstance(value, list) else [value]
-    return ", ".join(text[:12] if len(text := str(each)) == 64 else text for each in values)
+    return ", ".join(text[:12] if re.fullmatch("[0-9a-f]{64}", text := str(each)) else text for each in values)
