@@ -76,6 +76,18 @@ def test_whole_states_train_the_very_same_student(root: Path, task: str) -> None
     assert records(online, "teacher/perplexity") == records(cached, "teacher/perplexity")
 
 
+@pytest.mark.parametrize(("dtype", "near"), [("bf16", 0.01), ("fp16", 0.002), ("fp8", 0.06)])
+def test_states_in_fewer_bits_train_to_their_error(root: Path, task: str, dtype: str, near: float) -> None:
+    losses = [{"kind": "reverse_kl", "temperature": 2.0}]
+    few = {"codec": {"kind": "hidden", "dtype": dtype}}
+    make_cache(cached_run(root, task, "hidden", teacher={"cache": dtype}, cache=few))
+    online = cached_run(root, task, teacher={"kind": "online", "cache": None}, losses=losses)
+    theirs = trained(online, f"whole-{dtype}")
+    ours = trained(cached_run(root, task, "hidden", teacher={"cache": dtype}, cache=few, losses=losses), dtype)
+    assert records(ours, "loss/reverse_kl") == pytest.approx(records(theirs, "loss/reverse_kl"), rel=near)
+    assert records(ours, "teacher/perplexity") == pytest.approx(records(theirs, "teacher/perplexity"), rel=near)
+
+
 def test_a_fine_top_k_of_all_ids_is_the_teacher(root: Path, task: str) -> None:
     make_cache(cached_run(root, task, "top_k", teacher={"cache": "all"},
                           cache={"codec": {"kind": "top_k", "k": 96, "max_error": 0.001}}))  # fmt: skip
