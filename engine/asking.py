@@ -6,6 +6,7 @@ import logging
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from itertools import islice
 
 import numpy as np
@@ -68,7 +69,7 @@ class Asker:
         )
         self._recorder = build_recorder(config.cache, ranks_of(self.shards), self.teacher.head, manifest.vocab_size)
         self.num_rounds = num_rounds(config.task)
-        self._num_bad = 0
+        self._bad: set[tuple[int, int]] = set()
 
     def answers(self, shard: int, records: Iterable[range]) -> Generator[Answer, None, None]:
         """The answers to batches of records of a shard, in order.
@@ -79,7 +80,10 @@ class Asker:
         reading: deque[Future[Asked]] = deque()
         encoding: deque[Future[Answer]] = deque()
         parts = iter(records)
-        with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as encoder:
+        bind = None
+        if self._device.type == "cuda":  # a new thread would make a context on device 0
+            bind = partial(torch.cuda.set_device, self._device)
+        with ThreadPoolExecutor(1, initializer=bind) as reader, ThreadPoolExecutor(1) as encoder:
             while True:
                 for part in islice(parts, 1 + _AHEAD - len(reading)):
                     reading.append(reader.submit(self._read, shard, part))
@@ -114,10 +118,10 @@ class Asker:
 
     def _stand_in(self, damage: DataError, number: int, record: int) -> Sample:
         """For a damaged sample, which gets an empty record: training skips it just so."""
-        self._num_bad += record % self.num_rounds == 0
-        if self._num_bad > self._config.data.max_bad_samples:
+        self._bad.add((number, record // self.num_rounds))
+        if len(self._bad) > self._config.data.max_bad_samples:
             raise DataError(
-                f"{damage}\nThis is damaged record number {self._num_bad} of this job, and data.max_bad_samples is "
+                f"{damage}\nThis is damaged record number {len(self._bad)} of this job, and data.max_bad_samples is "
                 f"{self._config.data.max_bad_samples}: restore the shard, or raise it"
             ) from damage
         log.warning("no targets for a damaged record: %s", damage)

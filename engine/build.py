@@ -147,7 +147,7 @@ def _live(parts: Parts) -> Live | None:
     layers = getattr(section.codec, "layers", ())
     teacher = OnlineTeacher(parts.teacher, parts.task.model_inputs, hidden_states=bool(layers))
     recorder = build_recorder(section, parts.cache.ranks(), teacher.head, parts.shards.manifest.vocab_size)
-    return Live(teacher, recorder, Journal(parts.cache))
+    return Live(teacher, recorder, Journal(parts.cache, parts.shards.manifest))
 
 
 def _teacher_shape(parts: Parts) -> Shape | None:

@@ -15,7 +15,7 @@ from engine.compare import Contender, compare
 from engine.config.run import RunConfig, StudentSection
 from engine.config.terms import Ramp, Term
 from engine.dist import Control, Ranks
-from engine.errors import ConfigError
+from engine.errors import ConfigError, StillhouseError
 from engine.export import export_student, model_card, student_from_state
 from engine.models import DTYPES, cast, load_model, move
 from engine.parts import Parts, Place, build_parts
@@ -29,8 +29,6 @@ log = logging.getLogger("stillhouse")
 
 def finish_run(parts: Parts, folder: Path, device: torch.device, finished: bool) -> None:
     """Export and score the student of a run that reached its end; write the report in any case."""
-    if parts.cache is not None and parts.run.config.teacher.on_missing == "ask":
-        fold(parts.cache, parts.shards.manifest)
     results = None
     if finished:
         student = load_student(folder, newest(folder / "checkpoints"), parts.task.kind)
@@ -38,6 +36,11 @@ def finish_run(parts: Parts, folder: Path, device: torch.device, finished: bool)
         export_run(student, folder, folder / "export", parts.run.config, results)
     path = write_report(folder, results=results)
     log.info("report: %s", path)
+    if parts.cache is not None and parts.run.config.teacher.on_missing == "ask":
+        try:
+            fold(parts.cache, parts.shards.manifest)
+        except (OSError, StillhouseError) as problem:  # the run itself is done, and the answers stay in the journals
+            log.warning("what the teacher was asked live is not in the cache yet: %s", problem)
 
 
 def load_student(folder: Path, checkpoint: Path, task: str) -> PreTrainedModel:

@@ -17,7 +17,7 @@ from engine.config.resolve import Accelerator, DataFacts, ResolvedRun, read_deep
 from engine.config.run import RunConfig
 from engine.data.shards import ShardSet
 from engine.dist import Control, Ranks
-from engine.errors import ConfigError, StillhouseError
+from engine.errors import CacheError, ConfigError, StillhouseError
 from engine.losses.head import HeadTap, check_head, describe_head
 from engine.models import DTYPES, cast, load_model, move
 from engine.schema import map_tensors
@@ -120,20 +120,32 @@ def _cache(
     config: RunConfig, shards: ShardSet, place: Place, precision: str, teacher: PreTrainedModel | None
 ) -> CacheFolder:
     """The cache, checked against teacher.model if one is given: rank 0 reads the weights, and prepares it, for all."""
-    found: tuple[str | None, StillhouseError | None] = None, None
-    if place.control.is_main and config.teacher.model is not None:
+    problem: StillhouseError | None = None
+    cache: CacheFolder | None = None
+    if place.control.is_main:
         try:
+            fingerprint = None
             if config.teacher.on_missing == "ask" and teacher is not None:
-                head = describe_head(teacher.get_output_embeddings(), teacher.config)
+                tap = HeadTap(teacher)
+                tap.remove()
+                head = describe_head(tap.module, teacher.config)
                 head = map_tensors(head, lambda tensor: tensor.to(DTYPES[precision]))
-                fold(join_cache(config, shards, head, precision), shards.manifest)
-            found = fingerprint_teacher(config.teacher), None
+                joined = join_cache(config, shards, head, precision)
+                fold(joined, shards.manifest)
+                fingerprint = joined.identity.teacher
+            elif config.teacher.model is not None:
+                fingerprint = fingerprint_teacher(config.teacher)
+            cache = open_cache(config, shards.manifest, fingerprint)
         except StillhouseError as error:
-            found = None, error
-    fingerprint, problem = place.control.from_main(found)
+            problem = error
+        except Exception as error:  # a full disk, a damaged file: whatever it is, the other ranks are waiting
+            problem = CacheError(
+                f"the cache {config.teacher.cache} cannot be prepared: {type(error).__name__}: {error}"
+            )
+    problem = place.control.from_main(problem)
     if problem is not None:
         raise problem
-    cache = open_cache(config, shards.manifest, fingerprint)
+    cache = cache or open_cache(config, shards.manifest, None)
     codec = cache.identity.codec["kind"]
     log.info("teacher: %s, from the cache %s (%s)", cache.identity.teacher_name, cache.address, codec)
     return cache

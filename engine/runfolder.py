@@ -33,12 +33,15 @@ FREE_TO_CHANGE = (
     "data.prefetch_steps",
     "data.max_bad_samples",
     "data.manifest",
+    "teacher.cache",
+    "teacher.on_missing",
+    "cache.",
     "evaluation",
     "checkpoint",
     "tracking",
     "zero",
 )
-"""Settings that a resumed run may change. The data's identity is checked by the manifest's hash, not by its place."""
+"""Settings that a resumed run may change. The data and a cache are told by their hashes, not by their places."""
 PACKAGES = ("torch", "deepspeed", "transformers", "tokenizers", "numpy", "webdataset", "pydantic", "stillhouse")
 
 

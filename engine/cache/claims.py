@@ -76,8 +76,6 @@ class Claims:
         self._heart.join()
         for path in list(self._held):
             self._drop(path)
-        with contextlib.suppress(OSError):
-            self._folder.rmdir()  # the last one out
 
     def take(self, name: str) -> bool:
         """Whether this job now has the claim called ``name``; a stale one is taken over."""
@@ -132,8 +130,9 @@ class Claims:
     def _read(self, path: Path) -> Claim | None:
         """None when it is gone. One that is still empty has no owner yet, but an age."""
         try:
-            age = self._now() - path.stat().st_mtime
-            content = path.read_text()
+            with path.open() as stream:  # opening makes NFS ask its server how old the file is
+                age = self._now() - os.fstat(stream.fileno()).st_mtime
+                content = stream.read()
         except OSError:
             return None
         try:

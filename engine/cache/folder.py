@@ -29,7 +29,7 @@ from engine.data.address import BLOCK_BYTES, ByteSource, LocalFile, OnceCache, R
 from engine.data.atomic import create_once, write_atomically
 from engine.data.manifest import Manifest, ShardEntry
 from engine.data.shards import ShardSet
-from engine.errors import CacheError, MissingError
+from engine.errors import CacheError, ConfigError, MissingError
 from engine.schema import Head
 
 MANIFEST, RANKS, HEAD, CLAIMS = "manifest.json", "ranks.npy", "head.safetensors", "claims"
@@ -48,10 +48,20 @@ class SidecarEntry:
 
 
 def cache_address(name: str, data_manifest: str) -> str:
-    """The address of cache.json of the cache called ``name``: a folder, or one beside the data's manifest."""
-    if "/" in name or name in (".", ".."):
-        return f"{name.rstrip('/')}/{IDENTITY}"
-    return beside(data_manifest, f"{name}/{IDENTITY}")
+    """The address of cache.json of the cache called ``name``: a folder, or one beside the data's manifest.
+
+    Raises ConfigError for the data's own folder.
+    """
+    if "/" not in name and name not in (".", ".."):
+        return beside(data_manifest, f"{name}/{IDENTITY}")
+    address = f"{name.rstrip('/')}/{IDENTITY}"
+    both_local = not is_remote(address) and not is_remote(data_manifest)
+    if both_local and Path(address).parent.resolve() == Path(data_manifest).parent.resolve():
+        raise ConfigError(
+            f"teacher.cache: {name} is the folder of the data, whose manifest.json a cache would replace; give a name, "
+            "such as targets, or another folder"
+        )
+    return address
 
 
 def sidecar_name(shard: str) -> str:
@@ -99,6 +109,9 @@ class CacheFolder:
                 f"{address}: this cache holds other targets; {'; '.join(different)}. Use another teacher.cache, or "
                 "delete the folder"
             )
+        for name, content in files.items():
+            if (path.parent / name).read_bytes() != content:
+                raise CacheError(f"{path.parent / name}: is left of another cache; delete it and run again")
         return folder
 
     @property
@@ -170,9 +183,14 @@ class CacheFolder:
 
     def write_manifest(self, data: Manifest) -> None:
         """manifest.json, over the sidecars of all shards as they lie now."""
+        before = self.manifest() or {}
         entries = []
         for shard in data.shards:
             sidecar = self.sidecar(shard)
+            known = before.get(sidecar_name(shard.name))
+            if known is not None and (known.num_bytes, known.header) == (sidecar.num_bytes, asdict(sidecar.header)):
+                entries.append(known)  # the header has the hash of the index, and that the sums of all records
+                continue
             entries.append(
                 SidecarEntry(sidecar_name(shard.name), sidecar.num_bytes, sidecar.sha256(), asdict(sidecar.header))
             )
@@ -182,9 +200,10 @@ class CacheFolder:
             "num_bytes": sum(entry.num_bytes for entry in entries),
             "sidecars": [asdict(entry) for entry in entries],
         }
-        write_atomically(self.path / MANIFEST, (json.dumps(content, indent=1) + "\n").encode())
+        if entries != list(before.values()):
+            write_atomically(self.path / MANIFEST, (json.dumps(content, indent=1) + "\n").encode())
         shutil.rmtree(self.path / CLAIMS, ignore_errors=True)
-        for left_over in self.path.rglob(".*.partial"):  # of jobs that were killed: every sidecar is there
+        for left_over in self.path.rglob(f".*{SUFFIX}.*.partial"):  # of jobs that were killed: every sidecar is there
             left_over.unlink(missing_ok=True)
 
     def missing(self, data: Manifest) -> list[ShardEntry]:

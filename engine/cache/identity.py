@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from engine.errors import CacheError
@@ -52,7 +52,8 @@ class CacheIdentity:
 
     @property
     def sha256(self) -> str:
-        return hashlib.sha256(self.to_json()).hexdigest()
+        """The same for the same targets, wherever their teacher was loaded from."""
+        return hashlib.sha256(replace(self, teacher_name="").to_json()).hexdigest()
 
     @staticmethod
     def from_json(content: bytes, where: str) -> CacheIdentity:

@@ -18,11 +18,12 @@ from engine.cache.distribution import TILE_IDS, Distributions, sums_of_tiles
 from engine.cache.drawing import counted, draw_systematically
 from engine.cache.kept import Kept
 from engine.cache.levelled import LevelledPairs
+from engine.errors import CacheError
 
 _MAX_ERROR = 0.01
 """Of the logarithm of a weight."""
-_SCALE = 0.5
-"""Weights of likely ids may exceed 1 by a draw, and levels end there."""
+_SCALE = 2.0**-10
+"""Levels end at 1, and a single draw of an id that the proposal hardly ever gives weighs far more."""
 
 
 class ImportanceCodec:
@@ -48,6 +49,13 @@ class ImportanceCodec:
         return replace(kept, values=(kept.values * (p / r).cpu().numpy()).astype(np.float32))
 
     def encode(self, kept: Kept) -> bytes:
+        """The record of one sample. Raises CacheError for a weight past all bounds."""
+        largest = kept.values.max(initial=0.0)
+        if largest * _SCALE > 1.0:
+            raise CacheError(
+                f"a draw weighs {largest:.0f}, more than the {1 / _SCALE:.0f} that can be kept; bring "
+                "cache.codec.proposal_temperature nearer to 1, or raise num_draws"
+            )
         return self._pairs.encode(replace(kept, values=kept.values * np.float32(_SCALE)))
 
     def decode(self, records: Sequence[bytes]) -> Kept:

@@ -7,17 +7,22 @@ its sidecar.
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
+import os
 import secrets
 import zlib
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 from engine.cache.folder import CacheFolder
 from engine.cache.sidecar import Record, SidecarWriter, Sums
 from engine.data.manifest import Manifest
+
+log = logging.getLogger("stillhouse")
 
 JOURNAL = "journal"
 
@@ -38,37 +43,54 @@ class Entry(NamedTuple):
 class Journal:
     """The records that were kept before, and a file for those of this process."""
 
-    def __init__(self, folder: CacheFolder) -> None:
+    def __init__(self, folder: CacheFolder, data: Manifest) -> None:
         self._folder = folder.path / JOURNAL
         self._own = self._folder / f"{secrets.token_hex(8)}.journal"
         self._places: dict[tuple[str, int], Place] = {}
+        self._sha256 = {entry.name: entry.sha256 for entry in data.shards}
+        self._writes = True
         for path in sorted(self._folder.glob("*.journal")):
-            for shard, number, place in _scan(path):
+            for shard, number, place in _scan(path, self._sha256):
                 self._places.setdefault((shard, number), place)
 
     def find(self, shard: str, number: int) -> Record | None:
         """Record ``number`` of a shard, if some run asked for it."""
         place = self._places.get((shard, number))
         try:
-            return None if place is None else _read(place).record
-        except FileNotFoundError:  # its shards have become sidecars meanwhile
+            return None if place is None else _read(place, shard, number).record
+        except (OSError, ValueError, KeyError):  # folded meanwhile, or begun anew under its name
             return None
 
     def add(self, shard: str, number: int, record: Record, sums: Sums) -> None:
-        """Keep a record; on disk when this returns, but for a power cut."""
+        """Keep a record; on disk when this returns, but for a power cut.
+
+        A disk that refuses is told of once: the answer is good for training all the same.
+        """
+        if not self._writes:
+            return
         header = {
             "shard": shard,
+            "sha256": self._sha256[shard],
             "number": number,
             "num_bytes": len(record.content),
             "crc32": zlib.crc32(record.content),
             "record": record[1:],
             "sums": sums,
         }
-        self._folder.mkdir(parents=True, exist_ok=True)
-        with self._own.open("ab") as stream:
-            start = stream.tell()
-            line = json.dumps(header).encode() + b"\n"
-            stream.write(line + record.content)
+        line = json.dumps(header).encode() + b"\n"
+        start = 0
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            with self._own.open("ab", buffering=0) as stream:
+                start = stream.tell()
+                if stream.write(line + record.content) < len(line) + len(record.content):
+                    raise OSError("no space is left")
+        except OSError as problem:
+            self._writes = False
+            with contextlib.suppress(OSError):
+                os.truncate(self._own, start)
+            log.warning("%s: answers are not kept any more (%s)", self._own, problem.strerror or problem)
+            return
         self._places[shard, number] = Place(self._own, start, len(line) + len(record.content))
 
 
@@ -79,20 +101,21 @@ def fold(folder: CacheFolder, data: Manifest) -> None:
     """
     journals = sorted((folder.path / JOURNAL).glob("*.journal"))
     found: dict[str, dict[int, Place]] = defaultdict(dict)
+    sha256 = {entry.name: entry.sha256 for entry in data.shards}
     for path in journals:
-        for shard, number, place in _scan(path):
+        for shard, number, place in _scan(path, sha256):
             found[shard].setdefault(number, place)
     for entry in data.shards:
         num_records = entry.num_samples * folder.identity.num_rounds
         places = found.get(entry.name, {})
         if len(places) == num_records and not folder.path_of(entry).exists():
-            with SidecarWriter(folder.path_of(entry), num_records) as writer:
-                for number in range(num_records):
-                    writer.add(*_read(places[number]))
+            with contextlib.suppress(FileNotFoundError), SidecarWriter(folder.path_of(entry), num_records) as writer:
+                for number in range(num_records):  # a journal that is gone was folded by another process just now
+                    writer.add(*_read(places[number], entry.name, number))
                 writer.finish(folder.identity.sha256, entry.name, entry.sha256, folder.identity.num_rounds)
     missing = {entry.name for entry in folder.missing(data)}
     for path in journals:
-        if not any(shard in missing for shard, _, _ in _scan(path)):
+        if not any(shard in missing for shard, _, _ in _scan(path, sha256)):
             path.unlink(missing_ok=True)
     if not missing:
         folder.write_manifest(data)
@@ -100,7 +123,8 @@ def fold(folder: CacheFolder, data: Manifest) -> None:
             (folder.path / JOURNAL).rmdir()
 
 
-def _scan(path: Path) -> Iterator[tuple[str, int, Place]]:
+def _scan(path: Path, sha256: Mapping[str, str]) -> Iterator[tuple[str, int, Place]]:
+    """Shard, number and place of each whole record of the shards as they are now."""
     try:
         stream = path.open("rb")
     except FileNotFoundError:  # another process has just folded it
@@ -115,12 +139,16 @@ def _scan(path: Path) -> Iterator[tuple[str, int, Place]]:
                 return
             if len(content) != header["num_bytes"] or zlib.crc32(content) != header["crc32"]:
                 return
-            yield header["shard"], header["number"], Place(path, start, len(line) + len(content))
+            if sha256.get(header["shard"]) == header["sha256"]:
+                yield header["shard"], header["number"], Place(path, start, len(line) + len(content))
 
 
-def _read(place: Place) -> Entry:
+def _read(place: Place, shard: str, number: int) -> Entry:
+    """Raises KeyError when another record lies there now."""
     with place.path.open("rb") as stream:
         stream.seek(place.start)
         line, content = stream.read(place.num_bytes).split(b"\n", 1)
     header = json.loads(line)
+    if (header["shard"], header["number"]) != (shard, number):
+        raise KeyError(shard, number)
     return Entry(Record(content, *header["record"]), Sums(*header["sums"]))

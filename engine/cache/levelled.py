@@ -82,7 +82,9 @@ class LevelledPairs:
         values = elias_fano.decode([rest[:cut] for rest, cut in zip(rests, cuts)], lengths, bounds)
         positions, ids = self._pairs.decode(values, lengths, num_positions)
         # the fine parts of each class, then the tails: so many numbers of so many bits, for each record
-        of_class = lengths.reshape(len(records), len(self._first), -1).sum(axis=2)
+        of_class = lengths.reshape(len(records), len(self._first), self._pairs.num_lists // len(self._first)).sum(
+            axis=2
+        )
         counts = np.column_stack([of_class, num_positions * self._with_tail])
         fine = bits.unpack([rest[cut:] for rest, cut in zip(rests, cuts)], counts, self._widths)
         coarse = np.repeat(np.tile(np.append(self._first, -1), len(records)), counts.ravel())

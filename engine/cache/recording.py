@@ -17,6 +17,7 @@ from engine.cache.states import StatesCodec
 from engine.config.cache import CacheSection, HiddenSection
 from engine.data.collate import Labelled
 from engine.data.stateless import fold, random_bits
+from engine.errors import DataError
 from engine.losses.fused import CHUNK_BYTES
 from engine.losses.head import head_logits
 from engine.losses.hidden import select_rows
@@ -61,6 +62,14 @@ class Recorder(Protocol):
 
     def encode(self, selected: Selected) -> list[tuple[Record, Sums]]:
         """A record for each sample, in order; an empty one where it is not sound. Any thread may do it."""
+
+
+def _not_finite(asked: Asked) -> DataError:
+    names = ", ".join(sample.name for sample in asked.samples)
+    return DataError(
+        f"the teacher's numbers are NaN or Inf for one of {names}; if it was trained in bf16, ask it in "
+        "teacher.precision: bf16 or fp32, else look at these samples"
+    )
 
 
 class DistributionRecorder:
@@ -121,6 +130,8 @@ class DistributionRecorder:
                 nll = logits.logsumexp(dim=1) - logits.gather(1, label).squeeze(1)
                 logits /= self._temperature
             teacher = self._exponentiate(logits, label.squeeze(1))
+            if not teacher.entropy.isfinite().all():
+                raise _not_finite(asked)
             part = self._codec.select(teacher, offsets[rows])
             kept.append(part)
             positions, ids = (torch.from_numpy(each).to(logits.device) for each in (part.positions, part.ids))
@@ -141,6 +152,8 @@ class StatesRecorder:
     def select(self, asked: Asked, answer: DenseTargets) -> Selected:
         hashes, lengths = hashes_and_lengths(asked.samples, asked.labelled)
         layers = tuple(select_rows(answer.hidden_states[layer], asked.batch.token_rows) for layer in self._layers)
+        if not all(kept.isfinite().all() for kept in (answer.hidden, *layers)):
+            raise _not_finite(asked)
         states = DenseTargets(answer.hidden.cpu(), answer.head, tuple(layer.cpu() for layer in layers))
         nothing = np.zeros(0)
         return Selected(asked, hashes, lengths, states, nothing, nothing, nothing)

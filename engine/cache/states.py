@@ -38,8 +38,9 @@ class StatesCodec:
 
         Raises ValueError when a record is not as long as it says.
         """
-        hidden: list[Tensor] = []
-        layers: list[list[Tensor]] = [[] for _ in range(self._num_layers)]
+        nothing = self._from_bytes(torch.empty(0, dtype=torch.uint8))
+        hidden: list[Tensor] = [nothing]
+        layers: list[list[Tensor]] = [[nothing] for _ in range(self._num_layers)]
         for record in records:
             (num_positions, num_tokens), start = varints.decode(record, 2)
             sizes = [num_positions] + [num_tokens] * self._num_layers

@@ -58,7 +58,7 @@ class HiddenSection(Section):
     kind: Literal["hidden"]
     dtype: Literal["bf16", "fp16", "fp32", "fp8"] = "bf16"
     """fp8 is e4m3 with a scale a position."""
-    layers: tuple[int, ...] = ()
+    layers: tuple[Annotated[int, Field(ge=0)], ...] = ()
     """Teacher layers whose states are kept at every token, for hidden terms: 0 is the embeddings, i layer i."""
 
 

@@ -123,7 +123,7 @@ class CachedTargets:
             if self._codec is None:
                 return self._cached_states(contents, batch)
             return self._sparse(self._codec.decode(contents), records, np.array(lengths))
-        except (ValueError, IndexError, RuntimeError) as problem:  # what NumPy and torch raise goes by the damage
+        except Exception as problem:  # what NumPy and torch raise goes by the damage
             names = ", ".join(sample.name for sample in samples)
             raise CacheError(f"{self._folder.address}: a record of {names} does not decode: {problem}") from problem
 

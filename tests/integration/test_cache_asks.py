@@ -12,6 +12,7 @@ import torch
 from engine import Distiller
 from engine.cache.folder import CacheFolder
 from engine.cache.journal import Journal
+from engine.data.shards import ShardSet
 from engine.teacher.online import OnlineTeacher
 from tests.caching import cached_run, make_cache
 from tests.launching import distill, finish
@@ -90,7 +91,8 @@ def test_a_journal_that_was_cut_short_loses_its_last_record(tmp_path: Path, aske
     (journal,) = (tmp_path / "train" / "sampled" / "journal").glob("*.journal")
     journal.write_bytes(journal.read_bytes()[:-3])
     folder = CacheFolder.open(str(tmp_path / "train" / "sampled" / "cache.json"))
-    assert len(Journal(folder)._places) == 39
+    manifest = ShardSet.open(str(tmp_path / "train" / "manifest.json")).manifest
+    assert len(Journal(folder, manifest)._places) == 39
     asked.clear()
     Distiller(asking(tmp_path, "rest", run={"num_steps": 12})).fit()
     assert len(asked) == 29

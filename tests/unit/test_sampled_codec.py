@@ -98,9 +98,10 @@ def test_records_decode_alike_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None
     assert np.array_equal(read.top_ids, kept.top_ids)
 
 
-@pytest.mark.parametrize("temperature", [0.8, 1.5])
-def test_weights_of_another_proposal_are_unbiased(temperature: float) -> None:
-    z, grid, num_draws = logits(1, 3.0), 4000, 20
+@pytest.mark.parametrize("num_draws", [1, 20])
+@pytest.mark.parametrize("temperature", [0.5, 0.8, 1.5, 2.0])
+def test_weights_of_another_proposal_are_unbiased(temperature: float, num_draws: int) -> None:
+    z, grid = logits(1, 3.0), 4000
     p = torch.softmax(z[0].double(), dim=0).numpy()
     even = (torch.arange(grid, dtype=torch.float64) + 0.5) / grid
     codec = ImportanceCodec(ranking(), num_draws, temperature)
