@@ -14,8 +14,10 @@ def test_states_come_back_to_the_stated_error(dtype: str, num_layers: int) -> No
     codec = StatesCodec(dtype, 24, num_layers)
     chance = torch.Generator().manual_seed(0)
     sizes = [(5, 9), (0, 3), (7, 7)]
-    whole = [(torch.randn(n, 24, generator=chance) * 3, [torch.randn(t, 24, generator=chance) for _ in range(num_layers)])
-             for n, t in sizes]  # fmt: skip
+    whole = []
+    for num_positions, num_tokens in sizes:
+        layers_of_sample = [torch.randn(num_tokens, 24, generator=chance) for _ in range(num_layers)]
+        whole.append((torch.randn(num_positions, 24, generator=chance) * 3, layers_of_sample))
     hidden, layers = codec.decode([codec.encode(states, parts) for states, parts in whole])
     expected = [torch.cat([states for states, _ in whole])]
     expected += [torch.cat([parts[layer] for _, parts in whole]) for layer in range(num_layers)]
