@@ -19,6 +19,7 @@ import torch
 
 from data_tools.cache_against_teacher import compare_with_teacher
 from data_tools.cache_checks import CacheCheck
+from data_tools.problems import conclude
 from data_tools.processes import process_pool
 from data_tools.sidecar_checks import SidecarReport, check_sidecar
 from engine.config.load import load_config
@@ -48,15 +49,9 @@ def main(argv: list[str] | None = None) -> int:
         print("\n".join(lines))
         problems += more
     problems = list(dict.fromkeys(problems))  # the teacher is asked about records that may have been read before
-    for line in problems:
-        print(line)
     checked = "sizes, headers, indexes and two records of each" if options.quick else "every byte and record"
-    result = "no problem" if not problems else f"{len(problems)} problem" + "s" * (len(problems) > 1)
-    print(
-        f"{check.folder.address}: {num_shards} shards, {num_records:,} records with targets at {num_positions:,} "
-        f"positions; checked {checked}: {result}"
-    )
-    return 1 if problems else 0
+    records = f"{num_records:,} records with targets at {num_positions:,} positions"
+    return conclude(problems, f"{check.folder.address}: {num_shards} shards, {records}", checked)
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:

@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from data_tools.problems import conclude
 from data_tools.processes import process_pool
 from engine.data.shards import ShardSet
 from engine.errors import DataError
@@ -49,15 +50,9 @@ def main(argv: list[str] | None = None) -> int:
             progress.update(done)
     if not options.quick:
         problems += _of_token_counts(shards, token_counts)
-    for problem in problems:
-        print(problem)
     checked = "sizes, indexes and two records of each" if options.quick else "every byte and record"
-    result = "no problem" if not problems else f"{len(problems)} problem" + "s" * (len(problems) > 1)
-    print(
-        f"{options.manifest}: {num_shards} shards, {shards.manifest.num_samples:,} samples, "
-        f"{shards.manifest.num_tokens:,} tokens; checked {checked}: {result}"
-    )
-    return 1 if problems else 0
+    held = f"{shards.manifest.num_samples:,} samples, {shards.manifest.num_tokens:,} tokens"
+    return conclude(problems, f"{options.manifest}: {num_shards} shards, {held}", checked)
 
 
 def verify_shard(shards: ShardSet, number: int, *, quick: bool) -> ShardReport:

@@ -12,7 +12,8 @@ import re
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
-from engine.errors import CacheError
+from engine.data.manifest import refuse_newer
+from engine.errors import CacheError, DataError
 
 FORMAT_VERSION = 1
 IDENTITY = "cache.json"
@@ -60,13 +61,10 @@ class CacheIdentity:
         """Raises CacheError for a damaged file, and for one of a newer format."""
         try:
             found: dict[str, Any] = json.loads(content)
-            version = found["format_version"]
-            if version > FORMAT_VERSION:
-                raise CacheError(
-                    f"{where}: format version {version} is newer than this Stillhouse reads ({FORMAT_VERSION}); "
-                    "update Stillhouse"
-                )
+            refuse_newer(found["format_version"], FORMAT_VERSION, where)
             return CacheIdentity(**found)
+        except DataError as problem:
+            raise CacheError(str(problem)) from problem
         except (ValueError, KeyError, TypeError) as problem:
             raise CacheError(
                 f"{where}: damaged, or not of a cache ({problem!r}); copy it again, or make the cache anew"

@@ -70,12 +70,7 @@ class LevelledPairs:
 
     def _read(self, records: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, int]:
         """[K] positions, ids and levels of the pairs, [P] levels of the tails, if there are any, and P."""
-        headers, rests = [], []
-        for record in records:
-            header, end = varints.decode(record, 1 + self._pairs.num_lists)
-            headers.append(header)
-            rests.append(record[end:])
-        numbers = np.array(headers, np.int64).reshape(len(records), 1 + self._pairs.num_lists)
+        numbers, rests = varints.read_headers(records, 1 + self._pairs.num_lists)
         num_positions, lengths = numbers[:, 0], numbers[:, 1:]
         bounds = self._pairs.bounds(num_positions)
         cuts = elias_fano.num_bytes(lengths, bounds).tolist()

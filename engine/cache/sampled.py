@@ -74,12 +74,7 @@ class SampledCodec:
         return {"header": start, "ids": ids, "values": len(record) - start - ids}
 
     def _decode(self, records: Sequence[bytes]) -> Kept:
-        headers, codes = [], []
-        for record in records:
-            header, end = varints.decode(record, 2 + self._pairs.num_lists)
-            headers.append(header)
-            codes.append(record[end:])
-        numbers = np.array(headers, np.int64).reshape(len(records), 2 + self._pairs.num_lists)
+        numbers, codes = varints.read_headers(records, 2 + self._pairs.num_lists)
         lengths, bounds = self._lists(numbers)
         values = elias_fano.decode(codes, lengths, bounds)
         of_class = self._of_class(lengths[:, :-1])

@@ -7,6 +7,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+
+
+def read_headers(records: Sequence[bytes], count: int) -> tuple[np.ndarray, list[bytes]]:
+    """The ``count`` numbers that each record begins with, [R, count] int64, and what follows them.
+
+    Raises ValueError when a record ends before.
+    """
+    headers, rests = [], []
+    for record in records:
+        header, end = decode(record, count)
+        headers.append(header)
+        rests.append(record[end:])
+    return np.array(headers, np.int64).reshape(len(records), count), rests
+
 
 def encode(numbers: Sequence[int]) -> bytes:
     out = bytearray()

@@ -77,12 +77,7 @@ class Manifest:
         """Parse the manifest read from ``where``. Raises DataError for another or a newer format."""
         try:
             content: dict[str, Any] = json.loads(text)
-            version = content["format_version"]
-            if version > FORMAT_VERSION:
-                raise DataError(
-                    f"{where}: format version {version} is newer than this Stillhouse reads ({FORMAT_VERSION}); "
-                    "update Stillhouse"
-                )
+            refuse_newer(content["format_version"], FORMAT_VERSION, where)
             shards = tuple(ShardEntry(**entry) for entry in content.pop("shards"))
             manifest = Manifest(shards=shards, **content)
             _check_types(manifest)
@@ -102,6 +97,14 @@ def write_manifest(folder: Path, manifest: Manifest, token_counts: np.ndarray) -
     write_atomically(folder / TOKEN_COUNTS, counts)
     write_atomically(folder / MANIFEST, manifest.to_json().encode())
     return manifest
+
+
+def refuse_newer(version: int, known: int, where: str) -> None:
+    """Raises DataError for a file of a format that a later version wrote."""
+    if version > known:
+        raise DataError(
+            f"{where}: format version {version} is newer than this Stillhouse reads ({known}); update Stillhouse"
+        )
 
 
 def _check_types(part: Manifest | ShardEntry) -> None:

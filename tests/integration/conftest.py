@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests import tiny
+from tests.caching import CODECS, cached_run, make_cache
 
 
 @pytest.fixture(scope="session")
@@ -25,3 +26,17 @@ def run_root(origin: Path, tmp_path: Path) -> Path:
         for path in (origin / name).iterdir():
             (tmp_path / name / path.name).write_bytes(path.read_bytes())
     return tmp_path
+
+
+@pytest.fixture(scope="module", params=["causal_lm", "masked_lm"])
+def cached_task(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def cached_root(tmp_path_factory: pytest.TempPathFactory, cached_task: str) -> Path:
+    """A run of the task with a cache of each codec; they are copied, never changed."""
+    folder = tmp_path_factory.mktemp(cached_task)
+    for codec in CODECS:
+        make_cache(cached_run(folder, cached_task, codec))
+    return folder

@@ -27,7 +27,7 @@ from engine.data.manifest import Manifest
 from engine.data.shards import ShardSet
 from engine.errors import CacheError, ConfigError
 from tests import tiny
-from tests.caching import CODECS, cached_run, make_cache
+from tests.caching import CODECS, cached_run
 
 NAMES = [f"shard-{number:06d}.targets.tar" for number in range(3)]
 
@@ -41,18 +41,14 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-@pytest.fixture(scope="module", params=["causal_lm", "masked_lm"])
-def task(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
+@pytest.fixture(scope="module")
+def task(cached_task: str) -> str:
+    return cached_task
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory, task: str) -> Path:
-    """With a cache of each codec, which are copied, never changed."""
-    folder = tmp_path_factory.mktemp(task)
-    for codec in CODECS:
-        make_cache(cached_run(folder, task, codec))
-    return folder
+def root(cached_root: Path) -> Path:
+    return cached_root
 
 
 class Copy:

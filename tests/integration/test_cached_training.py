@@ -24,24 +24,20 @@ from engine.teacher.cached import CachedTargets
 from engine.teacher.online import OnlineTeacher
 from engine.zero import consolidate
 from tests import tiny
-from tests.caching import CODECS, cached_run, make_cache
+from tests.caching import cached_run, make_cache
 from tests.launching import distill, finish
 
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(scope="module", params=["causal_lm", "masked_lm"])
-def task(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
+@pytest.fixture(scope="module")
+def task(cached_task: str) -> str:
+    return cached_task
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory, task: str) -> Path:
-    """With a cache of each codec."""
-    folder = tmp_path_factory.mktemp(task)
-    for codec in CODECS:
-        make_cache(cached_run(folder, task, codec))
-    return folder
+def root(cached_root: Path) -> Path:
+    return cached_root
 
 
 def records(folder: Path, name: str) -> list[float]:
