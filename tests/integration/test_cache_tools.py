@@ -240,7 +240,6 @@ def test_what_was_left_behind_is_named(copy: Copy) -> None:
         code, out = copy.verify("--quick")
         assert code == 1
         assert re.search(r"a claim on shard-000001\.tar: process \d+ on .* is making it", out)
-    (copy.folder / "claims").mkdir()
     gone = json.loads(content)
     gone["owner"]["started"] = "1"
     (copy.folder / "claims" / "shard-000001.tar.claim").write_text(json.dumps(gone))
