@@ -9,7 +9,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from itertools import islice
 
-import numpy as np
 import torch
 
 from engine.cache.fitness import num_rounds
@@ -125,5 +124,4 @@ class Asker:
                 f"{self._config.data.max_bad_samples}: restore the shard, or raise it"
             ) from damage
         log.warning("no targets for a damaged record: %s", damage)
-        nothing = np.empty(0, np.uint8)
-        return Sample(self.shards.manifest.shards[number].name, f"record {record}", nothing, nothing, sound=False)
+        return Sample.damaged(self.shards.manifest.shards[number].name, record // self.num_rounds)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -13,7 +14,7 @@ from engine.cache.journal import fold
 from engine.checkpoint import newest, read_meta
 from engine.compare import Contender, compare
 from engine.config.run import RunConfig, StudentSection
-from engine.config.terms import Ramp, Term
+from engine.config.terms import CrossEntropy, Ramp, Term
 from engine.dist import Control, Ranks
 from engine.errors import ConfigError, StillhouseError
 from engine.export import export_student, model_card, student_from_state
@@ -56,7 +57,7 @@ def evaluate_run(
     Raises CheckpointError when there is no such checkpoint, ConfigError when there is no held-out text.
     """
     config = read_config(folder, ["run.precision=auto", "teacher.precision=auto", *overrides])
-    config = config.model_copy(update={"zero": {"zero_optimization": {"stage": 0}}})  # nothing is trained here
+    config = _without_training(config)
     if manifest is None and config.evaluation.manifest is None:
         raise ConfigError(f"{folder}: the run has no evaluation.manifest; give --manifest HELDOUT/manifest.json")
     checkpoint = checkpoint or newest(folder / "checkpoints")
@@ -68,6 +69,17 @@ def evaluate_run(
     assert results is not None
     path = write_report(folder, results=results)
     return [*results_table(results), f"checkpoint: {checkpoint}", f"report: {path}"]
+
+
+def _without_training(config: RunConfig) -> RunConfig:
+    """The run as far as scoring needs it: on one rank, and without the cache, which may be gone by then."""
+    update: dict[str, Any] = {"zero": {"zero_optimization": {"stage": 0}}}
+    if config.teacher.kind == "cached":
+        kind = "none" if config.teacher.model is None else "online"
+        update["teacher"] = config.teacher.model_copy(update={"kind": kind, "cache": None, "on_missing": "refuse"})
+        if kind == "none":
+            update["losses"] = (CrossEntropy(kind="cross_entropy"),)
+    return config.model_copy(update=update)
 
 
 def score_student(

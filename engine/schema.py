@@ -54,6 +54,14 @@ class Sample:
     def name(self) -> str:
         return f"{self.shard}/{self.key}"
 
+    @staticmethod
+    def damaged(shard: str, index: int) -> Sample:
+        """Stands in for sample number ``index`` of a shard, which cannot be read."""
+        import numpy as np
+
+        nothing = np.empty(0, np.uint16)
+        return Sample(shard, f"record {index}", nothing, nothing, sound=False)
+
 
 @dataclass(frozen=True)
 class Batch:

@@ -80,3 +80,16 @@ def joined(parts: Sequence[Kept]) -> Kept:
         np.concatenate([part.top_ids for part in parts]),
         np.concatenate(tails) if tails else None,
     )
+
+
+def in_pieces(records: Sequence[bytes], num_bytes: int) -> list[list[bytes]]:
+    """The records in runs of about ``num_bytes``; one run, perhaps empty, at least."""
+    pieces: list[list[bytes]] = [[]]
+    size = 0
+    for record in records:
+        if size >= num_bytes:
+            pieces.append([])
+            size = 0
+        pieces[-1].append(record)
+        size += len(record)
+    return pieces

@@ -13,13 +13,15 @@ from collections.abc import Sequence
 import numpy as np
 
 from engine.cache import bits, elias_fano, varints
-from engine.cache.kept import Kept
+from engine.cache.kept import Kept, in_pieces, joined
 from engine.cache.levels import Levels
 from engine.cache.ranked import RankedPairs
 
 _EVEN_BITS = 3
 """Fine bits of the lower classes; the classes above each hold twice the levels of the one before."""
 _EVEN_CLASSES = 32
+_PIECE_BYTES = 1 << 20
+"""Records are decoded so many bytes at a time, in arrays of some ten times that."""
 
 
 class LevelledPairs:
@@ -53,6 +55,10 @@ class LevelledPairs:
 
     def decode(self, records: Sequence[bytes]) -> Kept:
         """Sorted by position, the largest weight first. Raises ValueError when a record is cut short."""
+        parts = [self._decode(piece) for piece in in_pieces(records, _PIECE_BYTES)]
+        return parts[0] if len(parts) == 1 else joined(parts)
+
+    def _decode(self, records: Sequence[bytes]) -> Kept:
         positions, ids, level, tail_level, num_positions = self._read(records)
         order = _by_position(positions, self._levels.highest - level)
         positions, ids = positions[order], ids[order]
@@ -93,6 +99,8 @@ class LevelledPairs:
 
 def _by_position(positions: np.ndarray, rank: np.ndarray) -> np.ndarray:
     """The order by position, then ``rank``. One sort of numbers that carry their index is the fastest in NumPy."""
+    assert len(positions) < 1 << 30, "decode fewer records at a time"
+    assert len(positions) == 0 or positions.max() < 1 << 19, "decode fewer records at a time"
     packed = (positions.astype(np.int64) << 44) | (rank.astype(np.int64) << 30) | np.arange(len(positions))
     packed.sort()
     return packed & ((1 << 30) - 1)

@@ -20,7 +20,7 @@ from torch import Tensor
 from engine.cache import elias_fano, varints
 from engine.cache.distribution import Distributions
 from engine.cache.drawing import counted, draw_systematically
-from engine.cache.kept import Kept, joined
+from engine.cache.kept import Kept, in_pieces, joined
 from engine.cache.ranked import RankedPairs
 
 _PIECE_BYTES = 1 << 17
@@ -55,15 +55,7 @@ class SampledCodec:
 
     def decode(self, records: Sequence[bytes]) -> Kept:
         """Raises ValueError when a record is cut short."""
-        pieces: list[list[bytes]] = [[]]
-        size = 0
-        for record in records:
-            if size >= _PIECE_BYTES:
-                pieces.append([])
-                size = 0
-            pieces[-1].append(record)
-            size += len(record)
-        parts = [self._decode(piece) for piece in pieces]
+        parts = [self._decode(piece) for piece in in_pieces(records, _PIECE_BYTES)]
         return parts[0] if len(parts) == 1 else joined(parts)
 
     def parts(self, record: bytes) -> dict[str, int]:

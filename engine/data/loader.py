@@ -12,7 +12,6 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple, Protocol, TypeVar
 
-import numpy as np
 import torch
 
 from engine.data.collate import Labelled, collate
@@ -22,8 +21,6 @@ from engine.errors import DataError
 from engine.schema import Batch, CachedStates, Sample, SparseTargets, StepBatches, Unanswered
 
 log = logging.getLogger("stillhouse")
-
-_NOTHING = np.empty(0, dtype=np.uint16)
 
 
 class Order(Protocol):
@@ -145,7 +142,7 @@ class Loader:
             except DataError as error:
                 damage.append(error)
                 shard = self._shards.manifest.shards[location.shard].name
-                sample = Sample(shard, f"record {location.index}", _NOTHING, _NOTHING, sound=False)
+                sample = Sample.damaged(shard, location.index)
             samples.append(sample)
             records.append(record)
         manifest = self._shards.manifest
