@@ -150,8 +150,8 @@ def time_decoding(config: RunConfig, arguments: argparse.Namespace) -> dict[str,
 def time_capture(config: RunConfig, arguments: argparse.Namespace) -> dict[str, Any]:
     """The same batches, a turn each; the bare forward is transformers' own, in inference mode."""
     asker = Asker(config, CPU)
-    batches = list(asker.batches(0))[:2]
-    asked = [asker._read(0, part) for part in batches]
+    batches = [asker.batch(0, number) for number in range(min(2, asker.num_batches(0)))]
+    asked = [asker._read(*batch) for batch in batches]
     model, tap = asker.teacher.model, asker.teacher.tap
 
     @torch.inference_mode()
@@ -162,7 +162,7 @@ def time_capture(config: RunConfig, arguments: argparse.Namespace) -> dict[str, 
 
     ways: dict[str, Callable[[], Any]] = {
         "bare forward": bare,
-        "forward, choice, code": lambda: list(asker.answers(0, batches)),
+        "forward, choice, code": lambda: list(asker.answers(batches)),
     }
     return show("capture", by_turns(ways, arguments.turns, arguments.seconds), "bare forward")
 

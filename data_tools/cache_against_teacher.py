@@ -5,23 +5,23 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from data_tools.cache_checks import CacheCheck
 from data_tools.cache_records import States
 from data_tools.target_errors import TargetErrors
+from engine.asking import read_batch
 from engine.cache.recording import Asked, build_recorder
 from engine.cache.sidecar import Record, Sidecar
 from engine.config.cache import CacheSection, HiddenSection
 from engine.config.run import RunConfig
-from engine.data.collate import collate
+from engine.data.spread import spread
 from engine.errors import CacheError, ConfigError, DataError, StillhouseError
 from engine.losses.head import head_logits
 from engine.models import DTYPES, cast, load_model, move
 from engine.parts import check_model
-from engine.schema import DenseTargets, Sample
+from engine.schema import DenseTargets
 from engine.teacher.fingerprint import fingerprint_teacher
 from engine.teacher.online import OnlineTeacher
 
@@ -85,20 +85,16 @@ def compare_with_teacher(config: RunConfig, check: CacheCheck, num_samples: int)
 
 def _spread(check: CacheCheck, count: int) -> Iterator[Place]:
     """Samples evenly over the sidecars that can be opened, with their rounds in turn."""
-    opened = []
-    for shard, entry in enumerate(check.shards.manifest.shards):
+    lengths = []
+    for entry in check.shards.manifest.shards:
         try:
-            opened.append((shard, check.folder.sidecar(entry)))
+            lengths.append(check.folder.sidecar(entry).header.num_samples)
         except StillhouseError:
-            continue  # it is told of already
-    ends = np.cumsum([sidecar.header.num_samples for _, sidecar in opened])
-    total = int(ends[-1]) if opened else 0
-    for turn, sample in enumerate(sorted({total * i // count for i in range(min(count, total))})):
-        which = int(np.searchsorted(ends, sample, side="right"))
-        shard, sidecar = opened[which]
-        inside = sample - int(ends[which]) + sidecar.header.num_samples
+            lengths.append(0)  # it is told of already
+    for turn, (shard, sample) in enumerate(spread(lengths, count)):
+        sidecar = check.folder.sidecar(check.shards.manifest.shards[shard])
         rounds = sidecar.header.num_rounds
-        yield Place(shard, sidecar, inside * rounds + turn % rounds)
+        yield Place(shard, sidecar, sample * rounds + turn % rounds)
 
 
 class _Teacher:
@@ -132,23 +128,10 @@ class _Teacher:
         return Answer(torch.softmax(logits, dim=1).cpu(), record)
 
     def _asked(self, place: Place) -> tuple[Asked, int]:
-        identity, header = self._check.folder.identity, place.sidecar.header
-        size = identity.micro_sequences
+        header, size = place.sidecar.header, self._check.folder.identity.micro_sequences
         start = place.number // size * size
-        samples, rounds = [], []
-        for number in range(start, min(start + size, header.num_records)):
-            sample, turn = divmod(number, header.num_rounds)
-            samples.append(self._sample(place.shard, sample))
-            rounds.append(turn)
-        labelled = self._check.task.label(samples, rounds)
-        manifest = self._check.shards.manifest
-        batch = collate(samples, labelled, pad_id=manifest.pad_id, sequence_tokens=manifest.sequence_tokens)
-        return Asked(samples, rounds, labelled, batch.to(self._device)), place.number - start
-
-    def _sample(self, shard: int, number: int) -> Sample:
-        """A damaged one is left out, as it was when the cache was made."""
-        try:
-            return self._check.shards.read(shard, number)
-        except DataError:
-            nothing = np.empty(0, np.uint8)
-            return Sample(self._check.shards.manifest.shards[shard].name, f"{number}", nothing, nothing, sound=False)
+        records = range(start, min(start + size, header.num_records))
+        check = self._check
+        # a damaged sample is left out, as it was when the cache was made
+        asked = read_batch(check.shards, check.task, place.shard, header.num_rounds, records, lambda *_: None)
+        return asked.to(self._device), place.number - start

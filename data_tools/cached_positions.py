@@ -17,6 +17,7 @@ from engine.cache.kept import Kept
 from engine.cache.recording import hashes_and_lengths
 from engine.config.run import TaskSection
 from engine.data.shards import ShardSet
+from engine.data.spread import spread
 from engine.errors import CacheError, ConfigError
 from engine.losses.head import head_logits
 from engine.schema import IGNORE, Sample
@@ -53,14 +54,8 @@ class PositionViewer:
         """Lines for each of ``count`` positions, evenly over the shards that have targets."""
         manifest = self._shards.manifest
         missing = {entry.name for entry in self._folder.missing(manifest)}
-        places = [
-            (shard, index)
-            for shard, entry in enumerate(manifest.shards)
-            if entry.name not in missing
-            for index in range(entry.num_samples)
-        ]
-        for turn in range(min(count, len(places))):
-            shard, index = places[len(places) * turn // count]
+        lengths = [0 if entry.name in missing else entry.num_samples for entry in manifest.shards]
+        for turn, (shard, index) in enumerate(spread(lengths, count)):
             if lines := self._show(shard, index, turn % self._num_rounds, (turn + 1) / (count + 1)):
                 yield lines
 

@@ -13,6 +13,7 @@ import numpy as np
 from data_tools.sizes import show_bytes
 from engine.data.manifest import Manifest
 from engine.data.shards import ShardSet
+from engine.data.spread import spread
 from engine.errors import ConfigError
 from engine.log import run_main
 from engine.schema import Sample
@@ -33,7 +34,7 @@ def main(argv: list[str] | None = None) -> int:
     shards = ShardSet.open(options.manifest, allow_pipe=options.allow_pipe)
     print("\n".join(_settings(shards.manifest)))
     print("\n" + "\n".join(_histogram(shards)))
-    for sample in _spread(shards, options.samples):
+    for sample in _samples(shards, options.samples):
         print(f"\n{sample.name}: {len(sample.token_ids)} tokens, documents of {_listed(sample.document_tokens)}")
         print(_shown(sample, shards.manifest, options.tokenizer))
     return 0
@@ -60,7 +61,7 @@ def _settings(manifest: Manifest) -> list[str]:
 
 def _histogram(shards: ShardSet) -> list[str]:
     """Bars over powers of two. A document cut between two sequences counts as its pieces."""
-    samples = _spread(shards, SURVEYED_SAMPLES)
+    samples = _samples(shards, SURVEYED_SAMPLES)
     lengths = np.concatenate([sample.document_tokens for sample in samples]) if samples else np.zeros(0, np.int64)
     if not len(lengths):
         return ["no samples"]
@@ -73,15 +74,9 @@ def _histogram(shards: ShardSet) -> list[str]:
     return lines
 
 
-def _spread(shards: ShardSet, count: int) -> list[Sample]:
-    """At most ``count`` samples, evenly over the whole data set."""
-    ends = np.cumsum(shards.manifest.samples_per_shard)
-    total = shards.manifest.num_samples
-    samples = []
-    for place in sorted({total * i // max(1, count) for i in range(min(count, total))}):
-        shard = int(np.searchsorted(ends, place, side="right"))
-        samples.append(shards.read(shard, int(place - ends[shard] + shards.manifest.shards[shard].num_samples)))
-    return samples
+def _samples(shards: ShardSet, count: int) -> list[Sample]:
+    """At most ``count``, evenly over the whole data set."""
+    return [shards.read(*place) for place in spread(shards.manifest.samples_per_shard, count)]
 
 
 def _listed(lengths: np.ndarray) -> str:

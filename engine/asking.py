@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from itertools import islice
 
 import torch
+from transformers import PreTrainedConfig
 
 from engine.cache.fitness import num_rounds
 from engine.cache.folder import ranks_of
@@ -21,11 +22,11 @@ from engine.config.resolve import DataFacts, read_deepspeed_json, resolve
 from engine.config.run import RunConfig
 from engine.data.collate import collate
 from engine.data.shards import ShardSet
-from engine.errors import DataError
+from engine.errors import ConfigError, DataError
 from engine.models import DTYPES, cast, load_model, move
 from engine.parts import accelerator_of, check_model, shared_tokenizer
 from engine.schema import Sample
-from engine.tasks.task import build_task
+from engine.tasks.task import Task, build_task
 from engine.tasks.tokenizer import vocab_size
 from engine.teacher.online import OnlineTeacher
 
@@ -35,6 +36,8 @@ _AHEAD = 2
 """Batches read while the teacher works, and batches of answers that wait to be encoded."""
 
 Answer = list[tuple[Record, Sums]]
+NoteDamage = Callable[[DataError, int, int], None]
+"""Is told what is wrong with which sample of which shard."""
 
 
 class Asker:
@@ -61,31 +64,31 @@ class Asker:
         count = f"{model.num_parameters():,}"
         log.info("teacher: %s, %s parameters, %s", type(model).__name__, count, self.precision)
         codec = config.cache.codec
+        keeps_layers = isinstance(codec, HiddenSection) and bool(codec.layers)
         self.teacher = OnlineTeacher(
-            move(cast(model, DTYPES[self.precision]), device),
-            self._task.model_inputs,
-            hidden_states=isinstance(codec, HiddenSection) and bool(codec.layers),
+            move(cast(model, DTYPES[self.precision]), device), self._task.model_inputs, hidden_states=keeps_layers
         )
+        if isinstance(codec, HiddenSection):
+            _check_layers(codec.layers, self.teacher.head.weight.shape[1], model.config)
         self._recorder = build_recorder(config.cache, ranks_of(self.shards), self.teacher.head, manifest.vocab_size)
         self.num_rounds = num_rounds(config.task)
         self._bad: set[tuple[int, int]] = set()
 
-    def answers(self, shard: int, records: Iterable[range]) -> Generator[Answer, None, None]:
-        """The answers to batches of records of a shard, in order.
+    def answers(self, batches: Iterable[tuple[int, range]]) -> Generator[Answer, None, None]:
+        """The answers to batches, each of some records of a shard, in order.
 
-        Record sample * num_rounds + round is a sample in a round. Reading and encoding go on beside the teacher's
-        work. Raises DataError for one damaged sample too many.
+        Reading and encoding go on beside the teacher's work. Raises DataError for one damaged sample too many.
         """
         reading: deque[Future[Asked]] = deque()
         encoding: deque[Future[Answer]] = deque()
-        parts = iter(records)
+        parts = iter(batches)
         bind = None
         if self._device.type == "cuda":  # a new thread would make a context on device 0
             bind = partial(torch.cuda.set_device, self._device)
         with ThreadPoolExecutor(1, initializer=bind) as reader, ThreadPoolExecutor(1) as encoder:
             while True:
                 for part in islice(parts, 1 + _AHEAD - len(reading)):
-                    reading.append(reader.submit(self._read, shard, part))
+                    reading.append(reader.submit(self._read, *part))
                 if not reading:
                     break
                 asked = reading.popleft().result()
@@ -96,32 +99,64 @@ class Asker:
             for future in encoding:
                 yield future.result()
 
-    def batches(self, shard: int) -> Iterator[range]:
-        """All records of a shard, cut as every job cuts them: the last digit of an answer depends on its batch."""
-        total = self.shards.manifest.shards[shard].num_samples * self.num_rounds
+    def num_batches(self, shard: int) -> int:
+        """All records of a shard are in so many batches."""
+        return -(-self._num_records(shard) // self._config.cache.micro_sequences)
+
+    def batch(self, shard: int, number: int) -> tuple[int, range]:
+        """Batch ``number`` of a shard, cut as every job cuts it: the last digit of an answer depends on its batch."""
         size = self._config.cache.micro_sequences
-        return (range(start, min(start + size, total)) for start in range(0, total, size))
+        return shard, range(number * size, min((number + 1) * size, self._num_records(shard)))
+
+    def _num_records(self, shard: int) -> int:
+        return self.shards.manifest.shards[shard].num_samples * self.num_rounds
 
     def _read(self, number: int, records: range) -> Asked:
         """The batch of records ``records`` of shard ``number``, on the device. Raises DataError for too much damage."""
-        samples, rounds = [], [record % self.num_rounds for record in records]
-        for record in records:
-            try:
-                samples.append(self.shards.read(number, record // self.num_rounds))
-            except DataError as damage:
-                samples.append(self._stand_in(damage, number, record))
-        labelled = self._task.label(samples, rounds)
-        manifest = self.shards.manifest
-        batch = collate(samples, labelled, pad_id=manifest.pad_id, sequence_tokens=manifest.sequence_tokens)
-        return Asked(samples, rounds, labelled, batch.to(self._device))
+        return read_batch(self.shards, self._task, number, self.num_rounds, records, self._note_damage).to(self._device)
 
-    def _stand_in(self, damage: DataError, number: int, record: int) -> Sample:
-        """For a damaged sample, which gets an empty record: training skips it just so."""
-        self._bad.add((number, record // self.num_rounds))
+    def _note_damage(self, damage: DataError, shard: int, number: int) -> None:
+        """A damaged sample gets an empty record: training skips it just so."""
+        self._bad.add((shard, number))
         if len(self._bad) > self._config.data.max_bad_samples:
             raise DataError(
                 f"{damage}\nThis is damaged record number {len(self._bad)} of this job, and data.max_bad_samples is "
                 f"{self._config.data.max_bad_samples}: restore the shard, or raise it"
             ) from damage
         log.warning("no targets for a damaged record: %s", damage)
-        return Sample.damaged(self.shards.manifest.shards[number].name, record // self.num_rounds)
+
+
+def _check_layers(layers: Sequence[int], head_width: int, teacher: PreTrainedConfig) -> None:
+    """Raises ConfigError for layers that the teacher does not have, or that a row of a record has no room for."""
+    if max(layers, default=0) > teacher.num_hidden_layers:
+        raise ConfigError(
+            f"cache.codec.layers: there is no layer {max(layers)}; the teacher has {teacher.num_hidden_layers}, and 0 "
+            "is its embeddings"
+        )
+    if layers and head_width != teacher.hidden_size:
+        raise ConfigError(
+            f"cache.codec.layers: the teacher's layers are {teacher.hidden_size} wide, the states before its head "
+            f"{head_width}, and a record has one width; leave cache.codec.layers empty"
+        )
+
+
+def read_batch(
+    shards: ShardSet, task: Task, shard: int, num_rounds: int, records: range, note_damage: NoteDamage
+) -> Asked:
+    """Some records of a shard, as a batch on the host; number sample * num_rounds + round is a sample in a round.
+
+    A sample that cannot be read is told to ``note_damage``, which may raise, and stands as a damaged one.
+    """
+    numbers, rounds = [record // num_rounds for record in records], [record % num_rounds for record in records]
+    samples: dict[int, Sample] = {}
+    for number in dict.fromkeys(numbers):
+        try:
+            samples[number] = shards.read(shard, number)
+        except DataError as damage:
+            note_damage(damage, shard, number)
+            samples[number] = Sample.damaged(shards.manifest.shards[shard].name, number)
+    asked = [samples[number] for number in numbers]
+    labelled = task.label(asked, rounds)
+    manifest = shards.manifest
+    batch = collate(asked, labelled, pad_id=manifest.pad_id, sequence_tokens=manifest.sequence_tokens)
+    return Asked(asked, rounds, labelled, batch)

@@ -11,11 +11,12 @@ import torch
 
 from engine.asking import Asker
 from engine.cache.claims import Claims
-from engine.cache.folder import CLAIMS, unwritable
+from engine.cache.folder import CLAIMS, sidecar_name, unwritable
 from engine.cache.journal import fold
 from engine.cache.sidecar import INDEX_DTYPE, SidecarWriter
 from engine.config.run import RunConfig
 from engine.data.manifest import ShardEntry
+from engine.data.spread import spread
 from engine.dist import StopSignal
 from engine.teacher.opening import join_cache
 
@@ -72,6 +73,8 @@ class Capture:
     def _run(self, wanted: Sequence[int], stop: StopSignal, show: Show) -> None:
         manifest = self.shards.manifest
         fold(self.folder, manifest)
+        if self.folder.missing(manifest):
+            self.folder.withdraw_manifest()
         with Claims(self.folder.path / CLAIMS) as claims:
             while not stop.received:
                 missing = {entry.name for entry in self.folder.missing(manifest)}
@@ -79,13 +82,14 @@ class Capture:
                 made = 0
                 for number in turn:
                     entry = manifest.shards[number]
-                    if stop.received or self.folder.path_of(entry).exists() or not claims.take(entry.name):
+                    claim = sidecar_name(entry.name)
+                    if stop.received or self.folder.path_of(entry).exists() or not claims.take(claim):
                         continue
                     try:
                         if not self.folder.path_of(entry).exists():  # it may have come between the look and the claim
                             made += self._make(number, entry, stop, lambda: show(self.standing))
                     finally:
-                        claims.release(entry.name)
+                        claims.release(claim)
                 if made == 0:
                     break
         if not self.folder.missing(manifest):
@@ -109,7 +113,8 @@ class Capture:
         path = self.folder.path_of(entry)
         try:
             with SidecarWriter(path, entry.num_samples * self._asker.num_rounds) as writer:
-                with closing(self._asker.answers(number, self._asker.batches(number))) as answers:
+                batches = (self._asker.batch(number, each) for each in range(self._asker.num_batches(number)))
+                with closing(self._asker.answers(batches)) as answers:
                     for answer in answers:
                         for record, sums in answer:
                             writer.add(record, sums)
@@ -129,7 +134,8 @@ class Capture:
 class Trial:
     """What a cache would be, from the answers to a few samples."""
 
-    num_samples: int
+    num_records: int
+    """samples asked for, each round for itself"""
     bytes_a_position: float
     """with the index"""
     positions_a_token: float
@@ -153,19 +159,18 @@ def try_capture(config: RunConfig, device: torch.device, num_samples: int) -> Tr
     Writes nothing. Raises what Asker does.
     """
     asker = Asker(config, device)
-    batches = [(shard, batch) for shard in range(len(asker.shards.manifest.shards)) for batch in asker.batches(shard)]
-    count = min(len(batches), max(1, num_samples // config.cache.micro_sequences))
-    wanted = [batches[number * len(batches) // count] for number in range(count)]
-    list(asker.answers(wanted[0][0], [wanted[0][1]]))
+    num_batches = [asker.num_batches(shard) for shard in range(len(asker.shards.manifest.shards))]
+    wanted = [asker.batch(*place) for place in spread(num_batches, max(1, num_samples // config.cache.micro_sequences))]
+    list(asker.answers(wanted[:1]))
     began = time.perf_counter()
-    made = [each for shard, batch in wanted for answer in asker.answers(shard, [batch]) for each in answer]
+    made = [each for answer in asker.answers(wanted) for each in answer]
     seconds = time.perf_counter() - began
     num_tokens, num_positions = (
         sum(getattr(sums, name) for _, sums in made) for name in ("num_tokens", "num_positions")
     )
     num_bytes = sum(len(record.content) + INDEX_DTYPE.itemsize for record, _ in made)
     return Trial(
-        num_samples=len(made),
+        num_records=len(made),
         bytes_a_position=num_bytes / max(1, num_positions),
         positions_a_token=num_positions / max(1, num_tokens),
         tokens_a_second=num_tokens / seconds,

@@ -148,7 +148,7 @@ def _trial_lines(path: str, overrides: list[str], num_samples: int) -> list[str]
     rounds = f" in {config.task.mask_rounds} rounds of masks" if config.task.kind == "masked_lm" else ""
     positions = trial.num_tokens * trial.positions_a_token
     return [
-        f"Trial       {_plural(trial.num_samples, 'sample')}, codec {config.cache.codec.kind}, on one {device.type}",
+        f"Trial       {_plural(trial.num_records, 'record')}, codec {config.cache.codec.kind}, on one {device.type}",
         f"              {trial.tokens_a_second:,.0f} tokens/s, {trial.bytes_a_position:.1f} bytes a position",
         f"Cache       {_count(trial.num_tokens)} tokens{rounds}, {_count(positions)} positions with a target",
         f"              = {_size(round(trial.cache_bytes))}",

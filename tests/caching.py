@@ -15,6 +15,7 @@ from tests import tiny
 
 CODECS: dict[str, dict[str, Any]] = {
     "sampled": {"kind": "sampled", "num_draws": 20},
+    "proposal": {"kind": "sampled", "num_draws": 20, "proposal_temperature": 1.5},
     "top_k": {"kind": "top_k", "k": 12},
     "top_p": {"kind": "top_p", "p": 0.8, "max_k": 30},
     "hidden": {"kind": "hidden", "dtype": "fp32"},

@@ -1,8 +1,16 @@
-"""Real rank processes for tests: started, watched, killed. Every exit code is looked at, every wait has an end."""
+"""Real rank processes for tests: started, watched, killed. Every exit code is looked at, every wait has an end.
+
+Ranks of launch/distill.py are forked off a server that has imported the libraries once, which takes each of them
+seconds; other scripts get an interpreter of their own.
+"""
 
 from __future__ import annotations
 
+import atexit
+import multiprocessing
+import multiprocessing.forkserver
 import os
+import runpy
 import signal
 import socket
 import subprocess
@@ -14,6 +22,56 @@ from typing import Any
 import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["engine.distiller", "engine.capture", "tests.caching"])
+
+
+class ForkedScript:
+    """A script of the project in a process of its own, with the face of a Popen."""
+
+    def __init__(self, words: list[str], environment: dict[str, str], log: Path) -> None:
+        start_server()
+        self._process = FORKS.Process(target=_run, args=(words, environment, log))
+        self._process.start()
+        assert self._process.pid is not None
+        self.pid = self._process.pid
+
+    def poll(self) -> int | None:
+        return self._process.exitcode
+
+    def wait(self, timeout: float | None = None) -> int:
+        self._process.join(timeout)
+        if self._process.exitcode is None:
+            raise subprocess.TimeoutExpired(str(self.pid), timeout or 0.0)
+        return self._process.exitcode
+
+    def send_signal(self, number: int) -> None:
+        os.kill(self.pid, number)
+
+
+def start_server() -> None:
+    """With the settings that libraries read when they are imported."""
+    before = dict(os.environ)
+    os.environ.update(OMP_NUM_THREADS="1", PYTORCH_NVML_BASED_CUDA_CHECK="1")
+    try:
+        multiprocessing.forkserver.ensure_running()
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def _run(words: list[str], environment: dict[str, str], log: Path) -> None:
+    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(ROOT)
+    sys.argv = words
+    try:
+        runpy.run_path(words[0], run_name="__main__")
+    finally:
+        atexit._run_exitfuncs()  # a forked process leaves them out
 
 
 class Job:
@@ -24,7 +82,7 @@ class Job:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        self.ranks = []
+        self.ranks: list[ForkedScript | subprocess.Popen[bytes]] = []
         for rank, log in enumerate(self.logs):
             environment = os.environ | {
                 "RANK": str(rank),
@@ -34,6 +92,9 @@ class Job:
                 "MASTER_PORT": str(port),
                 "OMP_NUM_THREADS": "1",
             }
+            if words[0].endswith("distill.py"):
+                self.ranks.append(ForkedScript(words, environment, log))
+                continue
             with log.open("wb") as output:
                 self.ranks.append(
                     subprocess.Popen(

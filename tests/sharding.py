@@ -108,3 +108,11 @@ def pieces_of(folder: Path) -> list[list[int]]:
             sample = shards.read(shard, index)
             pieces += [p.tolist() for p in np.split(sample.token_ids, np.cumsum(sample.document_tokens)[:-1])]
     return pieces
+
+
+def flip_a_bit(shard: Path, sample: int = 20) -> None:
+    """In a token of a sample: no header tells of it, the checksum of the record does."""
+    offset, num_bytes, _ = np.load(shard.with_suffix(".index.npy"))[sample]
+    content = bytearray(shard.read_bytes())
+    content[offset + num_bytes - 512 + 128 + 3] ^= 0x10
+    shard.write_bytes(content)

@@ -206,6 +206,10 @@ class CacheFolder:
         for left_over in self.path.rglob(f".*{SUFFIX}.*.partial"):  # of jobs that were killed: every sidecar is there
             left_over.unlink(missing_ok=True)
 
+    def withdraw_manifest(self) -> None:
+        """Of a cache that was complete and of which a sidecar was deleted."""
+        (self.path / MANIFEST).unlink(missing_ok=True)
+
     def missing(self, data: Manifest) -> list[ShardEntry]:
         """The shards that have no sidecar. Raises CacheError for a remote cache without a manifest: who could tell?"""
         if not is_remote(self.address):  # one listing instead of a question for each of thousands of files

@@ -36,6 +36,9 @@ class Asked(NamedTuple):
     labelled: Labelled
     batch: Batch
 
+    def to(self, device: torch.device) -> Asked:
+        return self._replace(batch=self.batch.to(device))
+
 
 class Selected(NamedTuple):
     """What to keep of a batch, on the host."""

@@ -36,6 +36,8 @@ INDEX_DTYPE = np.dtype(
 )
 """Of each record: what the teacher saw (see ``input_hash``), its bytes and their CRC-32, and the sums over its
 positions of the teacher's -log p of the label and of its entropy, in nats."""
+_MAX_RECORD_BYTES = 2_000_000_000
+"""One call reads no more."""
 _NPY_BYTES = 192
 """Length of the .npy header of an index: NumPy pads it so."""
 HEAD_BYTES = BLOCK + HEADER_BYTES + BLOCK + _NPY_BYTES
@@ -132,6 +134,11 @@ class SidecarWriter:
     def add(self, record: Record, sums: Sums) -> None:
         """The next record."""
         content = record.content
+        if len(content) >= _MAX_RECORD_BYTES:
+            raise CacheError(
+                f"{self.path}: record {self._count} has {len(content):,} bytes, and {_MAX_RECORD_BYTES:,} are too "
+                "many; keep fewer layers, or build shards of shorter sequences"
+            )
         self._index[self._count] = (
             record.input_hash, len(content), zlib.crc32(content), record.nll, record.entropy
         )  # fmt: skip
@@ -165,7 +172,8 @@ class SidecarWriter:
             index_sha256=hashlib.sha256(index).hexdigest(),
         )
         text = json.dumps(asdict(header), indent=1).encode().ljust(HEADER_BYTES)
-        assert len(text) == HEADER_BYTES
+        if len(text) != HEADER_BYTES:
+            raise CacheError(f"{self.path}: the shard's name is too long for a header of {HEADER_BYTES:,} bytes")
         self._stream.write(bytes(-self._record_bytes % BLOCK + 2 * BLOCK))
         self._stream.seek(0)
         self._stream.write(_tar_header("header.json", len(text)) + text + _tar_header("index.npy", len(index)))

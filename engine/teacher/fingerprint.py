@@ -28,34 +28,50 @@ def fingerprint_teacher(section: ModelSection) -> str:
     Cutting the same tensors into other files changes nothing. A pickle is hashed as a whole. Raises ConfigError when
     the model's files are not found.
     """
-    folder = _folder(section)
-    parts = [f"config {_config_text(folder)}"]
-    files = sorted(folder.glob("*.safetensors"))
+    config = _file(section, "config.json")
+    if config is None:
+        raise ConfigError(f"teacher.model: no model at {section.model!r}; give a folder or the id of a model")
+    parts = [f"config {_config_text(config)}"]
+    files = _safetensors(section)
     if files:
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # hashing lets go of the interpreter
             tensors = [(path, *tensor) for path in files for tensor in _tensors(path)]
             digests = pool.map(lambda tensor: _digest(tensor[0], *tensor[2:]), tensors)
             parts += sorted(f"{name} {digest}" for (_, name, *_), digest in zip(tensors, digests))
     else:
-        pickles = sorted(path for path in folder.iterdir() if path.suffix in PICKLE_SUFFIXES)
+        pickles = sorted(path for path in config.parent.iterdir() if path.suffix in PICKLE_SUFFIXES)
         parts += [f"{path.name} {_digest(path, 0, path.stat().st_size)}" for path in pickles]
     if len(parts) == 1:
         raise ConfigError(f"teacher.model: {section.model!r} has no weight files; give a folder that holds them")
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
-def _folder(section: ModelSection) -> Path:
+def _file(section: ModelSection, name: str) -> Path | None:
+    """A file of the model, fetched if need be; None when the model has none of that name."""
     assert section.model is not None
     try:
-        found = cached_file(section.model, "config.json", revision=section.revision)
-    except OSError as problem:
-        raise ConfigError(f"teacher.model: no model at {section.model!r}: {str(problem).splitlines()[0]}") from problem
-    assert found is not None
-    return Path(found).parent
+        found = cached_file(section.model, name, revision=section.revision)
+    except OSError:
+        return None
+    return None if found is None else Path(found)
 
 
-def _config_text(folder: Path) -> str:
-    config = json.loads((folder / "config.json").read_text())
+def _safetensors(section: ModelSection) -> list[Path]:
+    """The files that transformers reads: a folder may also hold the same weights in another cut."""
+    if (whole := _file(section, "model.safetensors")) is not None:
+        return [whole]
+    if (index := _file(section, "model.safetensors.index.json")) is None:
+        return []
+    files = []
+    for name in sorted(set(json.loads(index.read_text())["weight_map"].values())):
+        if (path := _file(section, name)) is None:
+            raise ConfigError(f"teacher.model: {index} names {name}, which is not there; copy the model again")
+        files.append(path)
+    return files
+
+
+def _config_text(path: Path) -> str:
+    config = json.loads(path.read_text())
     return json.dumps({key: value for key, value in config.items() if key not in _NOT_THE_MODEL}, sort_keys=True)
 
 

@@ -19,6 +19,7 @@ from engine.errors import ConfigError, DataError
 from tests import tiny
 from tests.launching import distill
 from tests.refusals import Settings, fail, parts_of, refused
+from tests.sharding import flip_a_bit
 
 
 @pytest.fixture
@@ -31,14 +32,6 @@ def edit_manifest(root: Path, change: Callable[[dict[str, Any]], Any]) -> None:
     content = json.loads(path.read_text())
     change(content)
     path.write_text(json.dumps(content))
-
-
-def flip_a_bit(shard: Path, sample: int = 20) -> None:
-    """In a token of a sample: no header tells of it, the checksum of the record does."""
-    offset, num_bytes, _ = np.load(shard.with_suffix(".index.npy"))[sample]
-    content = bytearray(shard.read_bytes())
-    content[offset + num_bytes - 512 + 128 + 3] ^= 0x10
-    shard.write_bytes(content)
 
 
 @pytest.mark.parametrize("damage", ["missing", "truncated", "index missing"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,12 @@ import torch
 
 from engine import Distiller
 from engine.cache.folder import CacheFolder
-from engine.cache.journal import Journal
+from engine.cache.journal import Journal, fold
+from engine.cache.sidecar import Sums
 from engine.data.shards import ShardSet
 from engine.teacher.online import OnlineTeacher
 from tests.caching import cached_run, make_cache
+from tests.full_disk import fill, small_disk
 from tests.launching import distill, finish
 
 EPOCH = {"num_steps": 12}
@@ -107,6 +110,43 @@ def test_what_runs_wrote_back_is_taken_by_a_caching_job(tmp_path: Path, asked: l
     make_cache(cached_run(tmp_path))
     assert not asked
     assert (tmp_path / "train" / "sampled" / "manifest.json").exists()
+
+
+def test_processes_that_fold_at_once_make_the_sidecars_once(tmp_path: Path) -> None:
+    make_cache(cached_run(tmp_path, teacher={"cache": "whole"}))
+    data = ShardSet.open(str(tmp_path / "train" / "manifest.json")).manifest
+    folder = make_cache(cached_run(tmp_path), [])
+    whole = CacheFolder.open(str(tmp_path / "train" / "whole" / "cache.json"))
+    for _ in range(5):
+        journals = [Journal(folder, data), Journal(folder, data)]
+        for entry in data.shards:
+            sidecar = whole.sidecar(entry)
+            for number in range(sidecar.header.num_records):
+                record = sidecar.read(number)
+                journals[number % 2].add(entry.name, number, record, Sums(32, 28, 1, 0.5))
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(lambda _: fold(folder, data), range(4)))
+        assert folder.missing(data) == []
+        assert not (folder.path / "journal").exists()
+        for entry in data.shards:
+            made, wanted = folder.sidecar(entry), whole.sidecar(entry)
+            for number in range(made.header.num_records):
+                assert made.read(number) == wanted.read(number)
+            folder.path_of(entry).unlink()
+
+
+def test_a_full_disk_ends_the_writing_and_not_the_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    make_cache(cached_run(tmp_path, teacher={"cache": "whole"}))
+    Distiller(cached_run(tmp_path, teacher={"cache": "whole"}, run=EPOCH | {"name": "whole"},
+                         schedule={"kind": "constant"})).fit()  # fmt: skip
+    with small_disk(tmp_path / "disk", 4 << 20) as disk:
+        config = asking(tmp_path, "full", teacher={"cache": str(disk / "cache")})
+        make_cache(config, [])
+        fill(disk, 12_000)
+        Distiller(config).fit()
+        assert losses(tmp_path, "full") == pytest.approx(losses(tmp_path, "whole"), rel=1e-4)
+        assert caplog.text.count("are not kept any more (") == 1
+        assert not list((disk / "cache").glob("*.targets.tar"))
 
 
 def test_ranks_ask_for_their_own(tmp_path: Path) -> None:

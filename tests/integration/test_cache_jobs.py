@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from engine.tasks.tokenizer import fingerprint
 from tests import tiny
 from tests.caching import cached_run, files_of, make_cache
 from tests.full_disk import fill, small_disk
-from tests.launching import ROOT, write_config
+from tests.launching import FORKS, ROOT, start_server, write_config
 
 NUM_KILLS, NUM_JOBS = 20, 3
 NUM_SHARDS = 48
@@ -67,13 +68,13 @@ def heavy_run(root: Path, cache: str) -> dict[str, Any]:
 
 def run_job(config: dict[str, Any]) -> None:
     """One job, in a process of its own."""
-    torch.set_num_threads(1)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     make_cache(config, list(range(NUM_SHARDS)))
 
 
-def start(context: Any, config: dict[str, Any]) -> Any:
-    job = context.Process(target=run_job, args=(config,))
+def start(config: dict[str, Any]) -> Any:
+    start_server()
+    job = FORKS.Process(target=run_job, args=(config,))
     job.start()
     return job
 
@@ -85,11 +86,9 @@ def done(folder: Path) -> int:
 @pytest.mark.slow
 def test_kills_of_racing_jobs_leave_the_cache_that_one_job_makes(tmp_path: Path) -> None:
     """Three jobs at a time; every so often one of them gets SIGKILL and another takes its place."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.integration.test_cache_jobs"])
     config, chance = heavy_run(tmp_path, "raced"), random.Random(7)
     folder = tmp_path / "train" / "raced"
-    jobs = [start(context, config) for _ in range(NUM_JOBS)]
+    jobs = [start(config) for _ in range(NUM_JOBS)]
     kills, at_work, rounds = 0, 0, 0
     while kills < NUM_KILLS:
         time.sleep(chance.uniform(0.05, 0.6))
@@ -103,13 +102,13 @@ def test_kills_of_racing_jobs_leave_the_cache_that_one_job_makes(tmp_path: Path)
             rounds += 1
             for path in sorted(folder.glob("*.targets.tar"))[::2]:
                 path.unlink()
-        jobs[victim] = start(context, config)
+        jobs[victim] = start(config)
     for job in jobs:
         job.join()
         assert job.exitcode == 0
     assert at_work > NUM_KILLS // 2, "kills that hit nothing prove nothing"
     alone = heavy_run(tmp_path, "alone")
-    job = start(context, alone)
+    job = start(alone)
     job.join()
     assert files_of(folder) == files_of(tmp_path / "train" / "alone")
 
@@ -138,10 +137,12 @@ def test_the_claim_of_a_slow_job_is_its_own(tmp_path: Path) -> None:
     """It lives, so no other job makes its shard, however long it takes."""
     config = cached_run(tmp_path)
     with Claims(tmp_path / "train" / "sampled" / "claims") as slow:
-        assert slow.take("shard-000001.tar")
+        assert slow.take("shard-000001.targets.tar")
         folder = make_cache(config)
         assert [entry.name for entry in missing(folder, tmp_path)] == ["shard-000001.tar"]
-        assert folder.claims() == [f"shard-000001.tar is being made by process {os.getpid()} on {Owner.here().host}"]
+        assert folder.claims() == [
+            f"shard-000001.targets.tar is being made by process {os.getpid()} on {Owner.here().host}"
+        ]
 
 
 def test_two_jobs_that_make_the_same_shard_by_accident_leave_a_right_one(tmp_path: Path) -> None:
@@ -214,14 +215,51 @@ def test_the_launcher_says_what_is_done_and_what_is_left(tmp_path: Path) -> None
     assert "--shards 5: the data has shards 0 to 2" in told.stderr
 
 
+def test_a_job_killed_before_its_cache_had_a_name_is_no_hindrance(tmp_path: Path) -> None:
+    """ranks.npy comes before cache.json, which has its hash."""
+    folder = tmp_path / "train" / "sampled"
+    make_cache(cached_run(tmp_path), [0])
+    (folder / "cache.json").unlink()
+    assert make_cache(cached_run(tmp_path)).manifest() is not None
+    shutil.rmtree(folder)
+    folder.mkdir()
+    (folder / "ranks.npy").write_bytes(b"of a cache that was deleted")
+    with pytest.raises(CacheError, match=r"ranks\.npy: is left of another cache; delete it"):
+        make_cache(cached_run(tmp_path))
+
+
+def test_a_cache_that_lost_a_sidecar_says_so_until_it_is_made_again(tmp_path: Path) -> None:
+    """A copy made meanwhile must not be told by manifest.json that it is complete."""
+    folder = make_cache(cached_run(tmp_path))
+    whole = files_of(folder.path)
+    (folder.path / "shard-000001.targets.tar").unlink()
+    assert make_cache(cached_run(tmp_path), [0]).manifest() is None
+    make_cache(cached_run(tmp_path))
+    assert files_of(folder.path) == whole
+
+
+def test_jobs_that_finish_at_once_write_one_manifest(tmp_path: Path) -> None:
+    folder = make_cache(cached_run(tmp_path))
+    whole, manifest = files_of(folder.path), data_of(tmp_path)
+    for _ in range(10):
+        (folder.path / "manifest.json").unlink()
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(lambda _: folder.write_manifest(manifest), range(4)))
+        assert files_of(folder.path) == whole
+
+
 def claim(cache: Path, owner: Owner) -> Path:
     """As a job of ``owner`` would have left it."""
     (cache / "claims").mkdir(parents=True)
-    path = cache / "claims" / "shard-000000.tar.claim"
+    path = cache / "claims" / "shard-000000.targets.tar.claim"
     path.write_text(json.dumps({"name": "shard-000000.tar", "token": "x", "owner": vars(owner)}))
     return path
 
 
-def missing(folder: CacheFolder, root: Path) -> list[Any]:
+def data_of(root: Path) -> Manifest:
     manifest = root / "train" / "manifest.json"
-    return folder.missing(Manifest.from_json(manifest.read_text(), str(manifest)))
+    return Manifest.from_json(manifest.read_text(), str(manifest))
+
+
+def missing(folder: CacheFolder, root: Path) -> list[Any]:
+    return folder.missing(data_of(root))

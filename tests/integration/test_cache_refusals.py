@@ -12,11 +12,12 @@ import pytest
 from engine import Distiller
 from engine.cache.claims import Claims
 from engine.cache.sidecar import HEAD_BYTES, INDEX_DTYPE
-from engine.errors import CacheError, CheckpointError, DataError
+from engine.errors import CacheError, CheckpointError, ConfigError, DataError
 from tests import tiny
 from tests.caching import CODECS, cached_run, make_cache
 from tests.refusals import refused
 from tests.serving import Server
+from tests.sharding import flip_a_bit
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +66,7 @@ def test_a_teacher_of_the_same_tensors_in_other_files(root: Path) -> None:
 
     AutoModelForCausalLM.from_pretrained(root / "teacher").save_pretrained(root / "again", max_shard_size="40KB")
     assert len(list((root / "again").glob("*.safetensors"))) > 1
+    (root / "again" / "consolidated.safetensors").write_bytes(b"the same weights in another cut, which nobody loads")
     tiny.tokenizer().save_pretrained(root / "again")
     assert make_cache(cached_run(root, teacher={"model": str(root / "again")})).manifest() is not None
 
@@ -125,7 +127,7 @@ def test_a_truncated_sidecar(root: Path, keep: int) -> None:
     Distiller(cached_run(root)).fit()
 
 
-def test_a_flipped_bit_in_header_index_and_record(root: Path) -> None:
+def test_a_flipped_bit_in_header_and_index(root: Path) -> None:
     path = cached(root) / "shard-000000.targets.tar"
     whole = path.read_bytes()
     for byte, named in ((700, ""), (HEAD_BYTES + 50, "its index is damaged (sha256 differs)")):
@@ -141,6 +143,25 @@ def test_a_damaged_record_is_skipped_up_to_the_limit(root: Path) -> None:
     fails(cached_run(root, run=long), DataError, str(path), "flipped bits (its CRC-32 differs)",
           "data.max_bad_samples is 0")  # fmt: skip
     assert Distiller(cached_run(root, run=long | {"name": "skips"}, data={"max_bad_samples": 1})).fit()
+
+
+def test_a_sample_that_was_damaged_when_the_teacher_was_asked(root: Path) -> None:
+    """It has an empty record in every round; a run skips it, and says what to do once the data is mended."""
+    shard = root / "train" / "shard-000000.tar"
+    whole = shard.read_bytes()
+    flip_a_bit(shard)
+    config = cached_run(root, teacher={"cache": "damaged"})
+    with pytest.raises(DataError, match=r"flipped bits.*\n.*data\.max_bad_samples is 0"):
+        make_cache(config)
+    allowed = {"max_bad_samples": 1}
+    folder = make_cache(cached_run(root, teacher={"cache": "damaged"}, data=allowed))
+    sidecar = folder.sidecar_called("shard-000000.targets.tar")
+    assert [number for number in range(sidecar.header.num_records) if not sidecar.index["num_bytes"][number]] == [20]
+    long = {"num_steps": None, "num_epochs": 1.0}
+    assert Distiller(cached_run(root, teacher={"cache": "damaged"}, data=allowed, run=long)).fit()
+    shard.write_bytes(whole)
+    fails(cached_run(root, teacher={"cache": "damaged"}, run=long | {"name": "mended"}), DataError,
+          "record 20 is empty: its sample was damaged", "delete this file and run")  # fmt: skip
 
 
 def test_a_sidecar_of_another_shard_renamed(root: Path) -> None:
@@ -167,8 +188,8 @@ def test_missing_shards_are_named(root: Path) -> None:
 def test_a_cache_still_being_written(root: Path) -> None:
     (cached(root) / "shard-000001.targets.tar").unlink()
     with Claims(cached(root) / "claims") as claims:
-        claims.take("shard-000001.tar")
-        words = "shards: shard-000001.tar; it is still being written: shard-000001.tar is being made by process"
+        claims.take("shard-000001.targets.tar")
+        words = "shards: shard-000001.tar; it is still being written: shard-000001.targets.tar is being made by process"
         refused(cached_run(root), CacheError, words, "Wait until it is complete")
 
 
@@ -243,11 +264,11 @@ def test_hidden_terms_from_layers_that_were_kept(root: Path) -> None:
     assert told[0] == told[1]
     lacking = cached_run(root, teacher={"cache": "layers"}, losses=[term | {"layers": [[1, 3]]}])
     refused(lacking, CacheError, "keeps teacher layers [2, 4], not [3]")
+    with pytest.raises(ConfigError, match=r"cache\.codec\.layers: there is no layer 5; the teacher has 4"):
+        make_cache(cached_run(root, teacher={"cache": "beyond"}, cache={"codec": {"kind": "hidden", "layers": [5]}}))
 
 
 def test_what_to_make_must_be_said(root: Path) -> None:
-    from engine.errors import ConfigError
-
     with pytest.raises(ConfigError, match=r"give teacher\.model and teacher\.cache"):
         make_cache(cached_run(root, teacher={"model": None}, student={"config": tiny.LLAMA, "init": None,
                                                                       "layers": None}))  # fmt: skip

@@ -235,15 +235,15 @@ def test_the_caches_own_files_are_checked(copy: Copy) -> None:
 
 def test_what_was_left_behind_is_named(copy: Copy) -> None:
     with Claims(copy.folder / "claims") as claims:
-        assert claims.take("shard-000001.tar")
-        content = (copy.folder / "claims" / "shard-000001.tar.claim").read_text()
+        assert claims.take("shard-000001.targets.tar")
+        content = (copy.folder / "claims" / "shard-000001.targets.tar.claim").read_text()
         code, out = copy.verify("--quick")
         assert code == 1
-        assert re.search(r"a claim on shard-000001\.tar: process \d+ on .* is making it", out)
+        assert re.search(r"a claim on shard-000001\.targets\.tar: process \d+ on .* is making it", out)
     gone = json.loads(content)
     gone["owner"]["started"] = "1"
-    (copy.folder / "claims" / "shard-000001.tar.claim").write_text(json.dumps(gone))
-    copy.expect(r"a claim on shard-000001\.tar: left by process")
+    (copy.folder / "claims" / "shard-000001.targets.tar.claim").write_text(json.dumps(gone))
+    copy.expect(r"a claim on shard-000001\.targets\.tar: left by process")
     (copy.folder / f".{NAMES[0]}.1234.partial").touch()
     copy.expect(rf"\.{NAMES[0]}\.1234\.partial: half written")
     shutil.copy(copy.folder / NAMES[0], copy.folder / "shard-000009.targets.tar")

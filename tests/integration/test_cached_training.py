@@ -98,9 +98,11 @@ def test_a_fine_top_k_of_all_ids_is_the_teacher(root: Path, task: str) -> None:
         assert records(ours, agreed) == pytest.approx(records(theirs, agreed), abs=0.05)
 
 
-def test_draws_train_towards_the_teacher(root: Path, task: str) -> None:
-    online = trained(cached_run(root, task, teacher={"kind": "online", "cache": None}), "for-draws")
-    cached = trained(cached_run(root, task, evaluation={"manifest": str(root / "heldout" / "manifest.json")}), "draws")
+@pytest.mark.parametrize("codec", ["sampled", "proposal"])
+def test_draws_train_towards_the_teacher(root: Path, task: str, codec: str) -> None:
+    online = trained(cached_run(root, task, teacher={"kind": "online", "cache": None}), f"for-{codec}")
+    heldout = {"manifest": str(root / "heldout" / "manifest.json")}
+    cached = trained(cached_run(root, task, codec, evaluation=heldout), f"draws-{codec}")
     means = [sum(records(folder, "loss/forward_kl")) for folder in (cached, online)]
     assert means[0] == pytest.approx(means[1], rel=0.15)
     assert records(cached, "teacher/perplexity") == pytest.approx(records(online, "teacher/perplexity"), rel=1e-5)

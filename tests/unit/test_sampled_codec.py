@@ -8,11 +8,13 @@ import torch
 from torch import Tensor
 
 from engine.cache import elias_fano, sampled, varints
+from engine.cache.codec import Codec
 from engine.cache.distribution import Distributions, Exponentiator
 from engine.cache.drawing import draw_systematically
 from engine.cache.importance import ImportanceCodec
 from engine.cache.kept import Kept, joined
 from engine.cache.sampled import SampledCodec
+from engine.cache.top import TopCodec
 
 IDS = 3000
 
@@ -159,8 +161,17 @@ def test_nothing_padded_is_nothing(num_positions: int) -> None:
     assert ids.shape == values.shape == (num_positions, 0)
 
 
-def test_no_records_are_nothing() -> None:
-    read = SampledCodec(ranking(), 3).decode([])
+@pytest.mark.parametrize(
+    "codec",
+    [
+        SampledCodec(ranking(), 3),
+        ImportanceCodec(ranking(), 3, 0.8),
+        TopCodec(ranking(), max_k=5, min_k=5, p=1.0, max_error=0.05),
+    ],
+)
+def test_no_records_are_nothing(codec: Codec) -> None:
+    """So decodes a batch of which every sample was damaged."""
+    read = codec.decode([])
     assert read.num_positions == len(read.positions) == len(read.ids) == len(read.values) == 0
 
 

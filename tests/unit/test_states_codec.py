@@ -33,3 +33,9 @@ def test_a_record_of_another_length_is_refused() -> None:
     for spoilt in (record[:-1], record + b"\0", b""):
         with pytest.raises(ValueError, match=r"expected|ends"):
             codec.decode([spoilt])
+
+
+@pytest.mark.parametrize("dtype", RELATIVE_ERROR)
+def test_no_records_are_nothing(dtype: str) -> None:
+    hidden, layers = StatesCodec(dtype, 8, 2).decode([])
+    assert [len(hidden), *map(len, layers)] == [0, 0, 0]

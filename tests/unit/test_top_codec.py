@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from engine.cache import bits
+from engine.cache import bits, levelled
 from engine.cache.distribution import Exponentiator
 from engine.cache.kept import Kept
 from engine.cache.levels import FINE_STEP, FLOOR, Levels
@@ -44,6 +44,27 @@ def test_records_give_back_what_was_kept(lengths: list[int], spread: float) -> N
     assert np.abs(got.sum(axis=1) + read.tail - 1.0).max() < 1e-6
     assert np.abs(np.where(inside, 0.0, p).sum(axis=1) - read.tail).max() < 0.06
     assert (p[np.arange(len(p)), read.top_ids] >= p.max(axis=1) * np.exp(-2 * 0.05)).all()
+
+
+def test_many_positions_in_many_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """More than 2^16 of them, and the pieces are put together in order."""
+    codec = TopCodec(np.arange(IDS), max_k=2, min_k=2, p=1.0, max_error=0.05)
+    chance, num_rows = np.random.default_rng(6), 70_000
+    first = chance.integers(0, IDS // 2, num_rows)
+    ids = np.stack([first, first + 1 + chance.integers(0, IDS // 2 - 1, num_rows)], axis=1).ravel()
+    values = np.tile(np.array([0.5, 0.25], np.float32), num_rows)
+    kept = Kept(np.repeat(np.arange(num_rows), 2), ids, values, first, np.full(num_rows, 0.25, np.float32))
+    records = [codec.encode(part) for part in kept.cut([20_000, 0, 30_000, 20_000])]
+    whole = codec.decode(records)
+    assert np.array_equal(whole.positions, kept.positions)
+    assert np.array_equal(whole.ids, kept.ids)
+    monkeypatch.setattr(levelled, "_PIECE_BYTES", 1)
+    pieces = codec.decode(records)
+    assert whole.tail is not None
+    assert pieces.tail is not None
+    for one, other in zip((whole.positions, whole.ids, whole.values, whole.top_ids, whole.tail),
+                          (pieces.positions, pieces.ids, pieces.values, pieces.top_ids, pieces.tail)):  # fmt: skip
+        assert np.array_equal(one, other)
 
 
 def test_top_p_keeps_as_few_as_reach_the_mass() -> None:
