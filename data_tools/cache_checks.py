@@ -8,9 +8,18 @@ from dataclasses import replace
 from data_tools.cache_records import RecordReader
 from engine.cache.claims import Claims
 from engine.cache.fitness import num_rounds, task_settings
-from engine.cache.folder import CLAIMS, MANIFEST, SUFFIX, CacheFolder, SidecarEntry, cache_address, sidecar_name
+from engine.cache.folder import (
+    CLAIMS,
+    MANIFEST,
+    SUFFIX,
+    CacheFolder,
+    SidecarEntry,
+    cache_address,
+    sidecar_name,
+)
 from engine.config.run import RunConfig
 from engine.data.address import beside, is_remote
+from engine.data.atomic import files_below
 from engine.data.shards import ShardSet
 from engine.errors import ConfigError, StillhouseError
 from engine.parts import shared_tokenizer
@@ -86,9 +95,9 @@ class CacheCheck:
             job = f"process {claim.owner.pid} on {claim.owner.host}"
             what = f"left by {job}, which is gone; {AGAIN}" if claim.is_stale else f"{job} is making it; wait for it"
             yield f"{folder / CLAIMS}: a claim on {claim.name}: {what}"
-        for path in sorted(folder.rglob(".*.partial")):
+        for path in sorted(files_below(folder, ".partial")):
             yield f"{path}: half written; delete it, unless a job is at work on it"
         named = {sidecar_name(entry.name) for entry in self.shards.manifest.shards} | set(self.entries or ())
-        for path in sorted(folder.rglob(f"*{SUFFIX}")):
+        for path in sorted(files_below(folder, SUFFIX)):
             if str(path.relative_to(folder)) not in named:
                 yield f"{path}: of no shard of the data, and not named by {MANIFEST}; delete it, or copy the data again"

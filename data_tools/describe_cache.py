@@ -22,6 +22,7 @@ from engine.cache.identity import IDENTITY
 from engine.cache.sidecar import Sidecar
 from engine.config.cache import HiddenSection
 from engine.data.address import beside, is_remote
+from engine.data.atomic import files_below
 from engine.data.shards import ShardSet
 from engine.errors import CacheError
 from engine.log import run_main
@@ -59,7 +60,7 @@ def _names(folder: CacheFolder) -> list[str]:
         return list(entries)
     if is_remote(folder.address):
         raise CacheError(f"{beside(folder.address, MANIFEST)}: missing; copy the cache there when it is complete")
-    return sorted(str(path.relative_to(folder.path)) for path in folder.path.rglob(f"*{SUFFIX}"))
+    return sorted(str(path.relative_to(folder.path)) for path in files_below(folder.path, SUFFIX))
 
 
 def _settings(folder: CacheFolder, sidecars: Sequence[Sidecar]) -> dict[str, str]:

@@ -17,6 +17,8 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from engine.data.atomic import files_below
+
 HEARTBEAT_SECONDS = 10.0
 STALE_SECONDS = 60.0
 
@@ -102,7 +104,7 @@ class Claims:
 
     def all(self) -> list[Claim]:
         """Those that other jobs and this one hold, stale ones too."""
-        paths = sorted(self._folder.glob("*.claim")) if self._folder.is_dir() else []
+        paths = sorted(files_below(self._folder, ".claim"))
         return [claim for path in paths if (claim := self._read(path)) is not None]
 
     def _path(self, name: str) -> Path:

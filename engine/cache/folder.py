@@ -26,7 +26,7 @@ from engine.cache.claims import Claims, waiting
 from engine.cache.identity import FORMAT_VERSION, IDENTITY, CacheIdentity
 from engine.cache.sidecar import REMEDY, Sidecar
 from engine.data.address import BLOCK_BYTES, ByteSource, LocalFile, OnceCache, RemoteFile, beside, is_remote, read_bytes
-from engine.data.atomic import create_once, write_atomically
+from engine.data.atomic import create_once, files_below, write_atomically
 from engine.data.manifest import Manifest, ShardEntry
 from engine.data.shards import ShardSet
 from engine.errors import CacheError, ConfigError, MissingError
@@ -203,8 +203,9 @@ class CacheFolder:
         if entries != list(before.values()):
             write_atomically(self.path / MANIFEST, (json.dumps(content, indent=1) + "\n").encode())
         shutil.rmtree(self.path / CLAIMS, ignore_errors=True)
-        for left_over in self.path.rglob(f".*{SUFFIX}.*.partial"):  # of jobs that were killed: every sidecar is there
-            left_over.unlink(missing_ok=True)
+        for left_over in files_below(self.path, ".partial"):  # of jobs that were killed: every sidecar is there
+            if SUFFIX in left_over.name:
+                left_over.unlink(missing_ok=True)
 
     def withdraw_manifest(self) -> None:
         """Of a cache that was complete and of which a sidecar was deleted."""
@@ -213,7 +214,7 @@ class CacheFolder:
     def missing(self, data: Manifest) -> list[ShardEntry]:
         """The shards that have no sidecar. Raises CacheError for a remote cache without a manifest: who could tell?"""
         if not is_remote(self.address):  # one listing instead of a question for each of thousands of files
-            there = {path.relative_to(self.path).as_posix() for path in self.path.rglob(f"*{SUFFIX}")}
+            there = {path.relative_to(self.path).as_posix() for path in files_below(self.path, SUFFIX)}
             return [entry for entry in data.shards if sidecar_name(entry.name) not in there]
         manifest = self.manifest()
         if manifest is None:

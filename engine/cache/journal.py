@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 from engine.cache.folder import CacheFolder
 from engine.cache.sidecar import Record, SidecarWriter, Sums
+from engine.data.atomic import files_below
 from engine.data.manifest import Manifest
 
 log = logging.getLogger("stillhouse")
@@ -49,7 +50,7 @@ class Journal:
         self._places: dict[tuple[str, int], Place] = {}
         self._sha256 = {entry.name: entry.sha256 for entry in data.shards}
         self._writes = True
-        for path in sorted(self._folder.glob("*.journal")):
+        for path in sorted(files_below(self._folder, ".journal")):
             for shard, number, place in _scan(path, self._sha256):
                 self._places.setdefault((shard, number), place)
 
@@ -99,7 +100,7 @@ def fold(folder: CacheFolder, data: Manifest) -> None:
 
     Journals whose shards all have sidecars are deleted; a run that still writes to one loses answers, no more.
     """
-    journals = sorted((folder.path / JOURNAL).glob("*.journal"))
+    journals = sorted(files_below(folder.path / JOURNAL, ".journal"))
     found: dict[str, dict[int, Place]] = defaultdict(dict)
     sha256 = {entry.name: entry.sha256 for entry in data.shards}
     for path in journals:
@@ -119,7 +120,7 @@ def fold(folder: CacheFolder, data: Manifest) -> None:
             path.unlink(missing_ok=True)
     if not missing:
         folder.write_manifest(data)
-        if (folder.path / JOURNAL).is_dir() and not any((folder.path / JOURNAL).iterdir()):
+        with contextlib.suppress(OSError):  # gone, or a run still writes to it
             (folder.path / JOURNAL).rmdir()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+from collections.abc import Iterator
 from pathlib import Path
 
 
@@ -51,6 +52,13 @@ def link_into_place(temporary: Path, path: Path) -> bool:
         os.replace(temporary, path)
     sync_folder(path.parent)
     return True
+
+
+def files_below(folder: Path, ending: str) -> Iterator[Path]:
+    """The files whose names end so, none where there is no folder. Unlike a glob it bears that another job removes a
+    folder meanwhile."""
+    for inside, _, names in os.walk(folder):
+        yield from (Path(inside, name) for name in names if name.endswith(ending))
 
 
 def _write_synced(path: Path, content: bytes) -> None:
