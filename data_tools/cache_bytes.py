@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from data_tools.cache_records import RecordReader
 from engine.cache.folder import HEAD, MANIFEST, RANKS, CacheFolder
 from engine.cache.identity import IDENTITY
-from engine.cache.sidecar import Sidecar
+from engine.cache.sidecar import INDEX_DTYPE, SidecarHeader
 from engine.data.address import beside, read_bytes
 from engine.errors import MissingError
 
@@ -17,11 +18,23 @@ INSIDE = {"ids": "ids", "values": "values", "states": "states", "header": "heade
 """The parts that codecs tell of, by the names they are shown under."""
 
 
-def split_bytes(folder: CacheFolder, sidecars: Sequence[Sidecar], reader: RecordReader) -> dict[str, int]:
+class SidecarFacts(NamedTuple):
+    """Of a sidecar that is not kept open: a cache may have more of them than a process may have files."""
+
+    name: str
+    num_bytes: int
+    header: SidecarHeader
+
+    @property
+    def index_bytes(self) -> int:
+        return self.header.num_records * INDEX_DTYPE.itemsize
+
+
+def split_bytes(folder: CacheFolder, sidecars: Sequence[SidecarFacts], reader: RecordReader) -> dict[str, int]:
     """Bytes by what they are for. What lies inside the records is estimated from some, when there are many."""
-    split = _inside_records(sidecars, reader)
-    split["index and hashes"] = sum(sidecar.index.nbytes for sidecar in sidecars)
-    around = sum(s.num_bytes - s.index.nbytes - s.header.record_bytes for s in sidecars)
+    split = _inside_records(folder, sidecars, reader)
+    split["index and hashes"] = sum(sidecar.index_bytes for sidecar in sidecars)
+    around = sum(s.num_bytes - s.index_bytes - s.header.record_bytes for s in sidecars)
     split["headers, padding of sidecars"] = around
     for name in (RANKS, HEAD, IDENTITY, MANIFEST):
         try:
@@ -31,20 +44,22 @@ def split_bytes(folder: CacheFolder, sidecars: Sequence[Sidecar], reader: Record
     return split
 
 
-def survey_stride(sidecars: Sequence[Sidecar]) -> int:
+def survey_stride(sidecars: Sequence[SidecarFacts]) -> int:
     """One record in so many is looked into."""
     return max(1, sum(sidecar.header.num_records for sidecar in sidecars) // SURVEYED_RECORDS)
 
 
-def _inside_records(sidecars: Sequence[Sidecar], reader: RecordReader) -> dict[str, int]:
+def _inside_records(folder: CacheFolder, sidecars: Sequence[SidecarFacts], reader: RecordReader) -> dict[str, int]:
     total = sum(sidecar.header.record_bytes for sidecar in sidecars)
     stride = survey_stride(sidecars)
     found: Counter[str] = Counter()
     first = 0
-    for sidecar in sidecars:
-        for number in range(-first % stride, sidecar.header.num_records, stride):
-            found.update(reader.parts(sidecar, number))
-        first += sidecar.header.num_records
+    for facts in sidecars:
+        if numbers := range(-first % stride, facts.header.num_records, stride):
+            sidecar = folder.sidecar_called(facts.name)
+            for number in numbers:
+                found.update(reader.parts(sidecar, number))
+        first += facts.header.num_records
     surveyed = found.total()
     names = [name for name in INSIDE if name in found]
     split, done, given = {}, 0, 0

@@ -12,14 +12,13 @@ import math
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 
-from data_tools.cache_bytes import split_bytes, survey_stride
+from data_tools.cache_bytes import SidecarFacts, split_bytes, survey_stride
 from data_tools.cache_records import RecordReader
 from data_tools.cached_positions import PositionViewer
 from data_tools.sizes import show_bytes
 from engine.cache.codec import read_codec
 from engine.cache.folder import MANIFEST, SUFFIX, CacheFolder
 from engine.cache.identity import IDENTITY
-from engine.cache.sidecar import Sidecar
 from engine.config.cache import HiddenSection
 from engine.data.address import beside, is_remote
 from engine.data.atomic import files_below
@@ -40,7 +39,7 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(argv)
     folder = CacheFolder.open(f"{options.cache.removesuffix(IDENTITY).rstrip('/')}/{IDENTITY}")
     reader = RecordReader(folder)
-    sidecars = [folder.sidecar_called(name) for name in _names(folder)]
+    sidecars = [_facts(folder, name) for name in _names(folder)]
     print("\n".join(_rows(_settings(folder, sidecars))))
     if sum(sidecar.header.num_positions for sidecar in sidecars):
         print("\n" + "\n".join(_bytes(split_bytes(folder, sidecars, reader), sidecars)))
@@ -63,7 +62,12 @@ def _names(folder: CacheFolder) -> list[str]:
     return sorted(str(path.relative_to(folder.path)) for path in files_below(folder.path, SUFFIX))
 
 
-def _settings(folder: CacheFolder, sidecars: Sequence[Sidecar]) -> dict[str, str]:
+def _facts(folder: CacheFolder, name: str) -> SidecarFacts:
+    sidecar = folder.sidecar_called(name)
+    return SidecarFacts(name, sidecar.num_bytes, sidecar.header)
+
+
+def _settings(folder: CacheFolder, sidecars: Sequence[SidecarFacts]) -> dict[str, str]:
     identity, headers = folder.identity, [sidecar.header for sidecar in sidecars]
     complete = "" if folder.manifest() is not None else ", not complete: more are to be made"
     num_bytes = sum(sidecar.num_bytes for sidecar in sidecars)
@@ -86,7 +90,7 @@ def _settings(folder: CacheFolder, sidecars: Sequence[Sidecar]) -> dict[str, str
     return rows
 
 
-def _bytes(split: Mapping[str, int], sidecars: Sequence[Sidecar]) -> Iterator[str]:
+def _bytes(split: Mapping[str, int], sidecars: Sequence[SidecarFacts]) -> Iterator[str]:
     num_positions = sum(sidecar.header.num_positions for sidecar in sidecars)
     total = sum(split.values())
     yield f"{'where the bytes go':<32}{'bytes':>19}{'a position':>16}{'share':>9}"
@@ -96,7 +100,7 @@ def _bytes(split: Mapping[str, int], sidecars: Sequence[Sidecar]) -> Iterator[st
         yield f"  the parts of records are estimated from one record in {stride:,}"
 
 
-def _teacher(folder: CacheFolder, sidecars: Sequence[Sidecar]) -> dict[str, str]:
+def _teacher(folder: CacheFolder, sidecars: Sequence[SidecarFacts]) -> dict[str, str]:
     """Means over all positions, by the headers."""
     section = read_codec(folder.identity.codec)
     headers = [sidecar.header for sidecar in sidecars]

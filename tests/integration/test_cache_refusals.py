@@ -275,19 +275,27 @@ def test_what_to_make_must_be_said(root: Path) -> None:
                                                                       "layers": None}))  # fmt: skip
 
 
-def test_a_cache_on_a_web_server(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cache_on_a_web_server_and_on_s3(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("engine.data.address._RETRY_SECONDS", (0.01, 0.01))
-    server = Server(root / "train")
+    server, store = Server(root / "train"), Server(root)
+    for name, value in (("ENDPOINT_URL", store.address), ("ACCESS_KEY_ID", "x"), ("SECRET_ACCESS_KEY", "x")):
+        monkeypatch.setenv(f"AWS_{name}", value)
     here = cached_run(root, run={"name": "here"})
     there = cached_run(root, run={"name": "there"}, data={"manifest": f"{server.address}/manifest.json"},
                        teacher={"cache": f"{server.address}/sampled"})  # fmt: skip
     by_name = cached_run(root, run={"name": "name"}, data={"manifest": f"{server.address}/manifest.json"})
-    for config in (here, there, by_name):
+    in_bucket = cached_run(root, run={"name": "bucket"}, data={"manifest": "s3://train/manifest.json"},
+                           teacher={"cache": "s3://train/sampled"})  # fmt: skip
+    configs = (here, there, by_name, in_bucket)
+    for config in configs:
         Distiller(config).fit()
-    told = [(root / "runs" / name / "metrics.jsonl").read_text().splitlines() for name in ("here", "there", "name")]
+    told = [(root / "runs" / config["run"]["name"] / "metrics.jsonl").read_text().splitlines() for config in configs]
     losses = [[json.loads(line).get("loss/forward_kl") for line in lines] for lines in told]
-    assert losses[0] == losses[1] == losses[2]
-    assert all(wanted for name, wanted in server.requests if name.endswith(".targets.tar")), "ranges, not whole files"
+    assert losses[0] == losses[1] == losses[2] == losses[3]
+    for each in (server, store):
+        wanted = [asked for name, asked in each.requests if name.endswith(".targets.tar")]
+        assert wanted, "it was read"
+        assert all(wanted), "by ranges, not as whole files"
     (cached(root) / "manifest.json").unlink()
     refused(there, CacheError, "manifest.json: missing; copy the cache there when it is complete")
     with pytest.raises(CacheError, match="a cache is made in a folder"):
