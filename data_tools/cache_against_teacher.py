@@ -10,7 +10,7 @@ from torch import Tensor
 
 from data_tools.cache_checks import CacheCheck
 from data_tools.cache_records import States
-from data_tools.target_errors import TargetErrors
+from data_tools.target_errors import Probabilities, TargetErrors
 from engine.asking import read_batch
 from engine.cache.recording import Asked, build_recorder
 from engine.cache.sidecar import Record, Sidecar
@@ -25,12 +25,13 @@ from engine.schema import DenseTargets
 from engine.teacher.fingerprint import fingerprint_teacher
 from engine.teacher.online import OnlineTeacher
 
+_BLOCK_ROWS = 256
+
 
 class Answer(NamedTuple):
     """What the teacher says now about one record's sample."""
 
-    truth: Tensor | States
-    """[N, V] float64 probabilities, or the states"""
+    truth: Probabilities | States
     record: Record
     """what a fresh capture would write"""
 
@@ -123,9 +124,14 @@ class _Teacher:
             num_tokens = [len(sample.token_ids) for sample in asked.samples]
             layers = [layer.split(num_tokens)[at] for layer in selected.kept.hidden_states]
             return Answer(States(rows.cpu(), layers), record)
+        blocks = rows.split(_BLOCK_ROWS)
+        return Answer(Probabilities([len(block) for block in blocks], map(self._probabilities, blocks)), record)
+
+    def _probabilities(self, rows: Tensor) -> Tensor:
+        """[C, V] float64 of states before the head."""
         identity = self._check.folder.identity
-        logits = head_logits(rows, answer.head, identity.vocab_size).double() / identity.temperature
-        return Answer(torch.softmax(logits, dim=1).cpu(), record)
+        logits = head_logits(rows, self._teacher.head, identity.vocab_size).double() / identity.temperature
+        return torch.softmax(logits, dim=1).cpu()
 
     def _asked(self, place: Place) -> tuple[Asked, int]:
         header, size = place.sidecar.header, self._check.folder.identity.micro_sequences

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -29,6 +31,15 @@ class Noise(NamedTuple):
 NOISE = {"fp32": Noise(1e-4, 1e-3, 1e-3), "fp16": Noise(5e-3, 0.05, 0.02), "bf16": Noise(3e-2, 0.3, 0.1)}
 
 
+class Probabilities(NamedTuple):
+    """The teacher's at the positions of one sample, in blocks: those of a long sample would fill the memory."""
+
+    lengths: list[int]
+    """positions of each block"""
+    blocks: Iterator[Tensor]
+    """[C, V] float64"""
+
+
 class TargetErrors:
     """Gathers the errors of samples of a cache with this codec, made of a teacher in this precision."""
 
@@ -39,7 +50,7 @@ class TargetErrors:
         self._divergence = 0.0
         self._num_positions = 0
 
-    def add(self, decoded: Kept | States, truth: Tensor | States, of_figures: float) -> Iterator[str]:
+    def add(self, decoded: Kept | States, truth: Probabilities | States, of_figures: float) -> Iterator[str]:
         """One sample; what is wrong where it is further from the teacher than the codec's own error.
 
         ``of_figures`` is how far its sums over the positions, of -log p of the labels or of entropies, are off.
@@ -48,20 +59,24 @@ class TargetErrors:
             assert isinstance(truth, States)
             yield from self._add_states(decoded, truth)
             return
-        assert isinstance(truth, Tensor)
-        if decoded.num_positions != len(truth):
-            yield f"has targets at {decoded.num_positions} positions, but its sample {len(truth)} labels"
+        assert isinstance(truth, Probabilities)
+        num_positions = sum(truth.lengths)
+        if decoded.num_positions != num_positions:
+            yield f"has targets at {decoded.num_positions} positions, but its sample {num_positions} labels"
             return
-        if len(truth) == 0:
+        if num_positions == 0:
             return
-        self._num_positions += len(truth)
-        self._largest_of_figures = max(self._largest_of_figures, of_figures / len(truth))
-        if not of_figures / len(truth) <= self._noise.log_p:
-            yield f"-log p of its labels, or its entropy, is {of_figures / len(truth):.3g} nats a position off"
-        if isinstance(self._section, SampledSection):
-            yield from self._add_draws(decoded, truth, self._section)
-        elif not isinstance(self._section, HiddenSection):
-            yield from self._add_likeliest(decoded, truth, self._section.max_error)
+        self._num_positions += num_positions
+        self._largest_of_figures = max(self._largest_of_figures, of_figures / num_positions)
+        if not of_figures / num_positions <= self._noise.log_p:
+            yield f"-log p of its labels, or its entropy, is {of_figures / num_positions:.3g} nats a position off"
+        order = np.argsort(decoded.positions, kind="stable")
+        fields = {name: getattr(decoded, name)[order] for name in ("positions", "ids", "values")}
+        for part, p in zip(replace(decoded, **fields).cut(truth.lengths), truth.blocks):
+            if isinstance(self._section, SampledSection):
+                yield from self._add_draws(part, p, self._section)
+            elif not isinstance(self._section, HiddenSection):
+                yield from self._add_likeliest(part, p, self._section.max_error)
 
     def lines(self) -> list[str]:
         """For people."""

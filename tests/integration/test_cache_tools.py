@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from data_tools import cache_bytes, describe_cache, verify_cache
+from data_tools import cache_against_teacher, cache_bytes, describe_cache, verify_cache
 from data_tools.cache_checks import CacheCheck
 from data_tools.cache_records import RecordReader
 from data_tools.sidecar_checks import check_sidecar
@@ -127,7 +127,8 @@ def edit(path: Path, change: Callable[[Any], object]) -> None:
     path.write_text(json.dumps(content))
 
 
-def test_a_clean_cache_passes(copy: Copy) -> None:
+def test_a_clean_cache_passes(copy: Copy, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cache_against_teacher, "_BLOCK_ROWS", 5)  # positions are compared in blocks
     for options in ([], ["--quick"], ["--against-teacher", "6"]):
         code, out = copy.verify(*options)
         assert code == 0, out
