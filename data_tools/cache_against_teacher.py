@@ -76,11 +76,15 @@ def compare_with_teacher(config: RunConfig, check: CacheCheck, num_samples: int)
         places.append(place)
         num_equal += answer.record.content == record.content
         figures = (record.nll - answer.record.nll, record.entropy - answer.record.entropy)
-        for far in errors.add(decoded, answer.truth, max(map(abs, figures))):
-            problems.append(f"{place.sidecar.place(place.number)}: {far}; make the cache anew")
-    lines.append(f"asked about {len(places)} samples in {identity.teacher_precision} on {device.type}:")
+        for far in errors.add(decoded, answer.truth, None if teacher.is_imported else max(map(abs, figures))):
+            if not teacher.is_imported:
+                problems.append(f"{place.sidecar.place(place.number)}: {far}; make the cache anew")
+    lines.append(f"asked about {len(places)} samples in {teacher.precision} on {device.type}:")
     lines += [f"  {line}" for line in errors.lines()] if places else []
-    lines.append(f"  byte-identical to a fresh capture: {num_equal} of {len(places)} records")
+    if teacher.is_imported:
+        lines.append("  what was imported was made by other means, so how near it should be is not known")
+    else:
+        lines.append(f"  byte-identical to a fresh capture: {num_equal} of {len(places)} records")
     return lines, problems
 
 
@@ -105,10 +109,12 @@ class _Teacher:
         assert check.reader is not None
         self._check, self._device = check, device
         identity, section = check.folder.identity, check.reader.section
+        self.is_imported = identity.teacher_precision not in DTYPES
+        self.precision = "fp32" if self.is_imported else identity.teacher_precision
         model = load_model(config.teacher, check.task.model_class_name, torch.float32, "teacher")
         check_model(model, check.task, "teacher", identity.vocab_size, check.shards.manifest.sequence_tokens)
         layers = isinstance(section, HiddenSection) and bool(section.layers)
-        model = move(cast(model, DTYPES[identity.teacher_precision]), device)
+        model = move(cast(model, DTYPES[self.precision]), device)
         self._teacher = OnlineTeacher(model, check.task.model_inputs, hidden_states=layers)
         cache = CacheSection(codec=section, temperature=identity.temperature, seed=identity.seed)
         self._recorder = build_recorder(cache, check.folder.ranks(), self._teacher.head, identity.vocab_size)

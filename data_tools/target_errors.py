@@ -41,16 +41,19 @@ class Probabilities(NamedTuple):
 
 
 class TargetErrors:
-    """Gathers the errors of samples of a cache with this codec, made of a teacher in this precision."""
+    """Gathers the errors of samples of a cache with this codec, made of a teacher in this precision.
+
+    Of an imported cache the precision is not known; the noise is then taken to be that of bf16.
+    """
 
     def __init__(self, section: CodecSection, precision: str) -> None:
-        self._section, self._noise = section, NOISE[precision]
+        self._section, self._noise = section, NOISE.get(precision, NOISE["bf16"])
         self._largest = 0.0
-        self._largest_of_figures = 0.0
+        self._largest_of_figures: float | None = None
         self._divergence = 0.0
         self._num_positions = 0
 
-    def add(self, decoded: Kept | States, truth: Probabilities | States, of_figures: float) -> Iterator[str]:
+    def add(self, decoded: Kept | States, truth: Probabilities | States, of_figures: float | None) -> Iterator[str]:
         """One sample; what is wrong where it is further from the teacher than the codec's own error.
 
         ``of_figures`` is how far its sums over the positions, of -log p of the labels or of entropies, are off.
@@ -67,9 +70,10 @@ class TargetErrors:
         if num_positions == 0:
             return
         self._num_positions += num_positions
-        self._largest_of_figures = max(self._largest_of_figures, of_figures / num_positions)
-        if not of_figures / num_positions <= self._noise.log_p:
-            yield f"-log p of its labels, or its entropy, is {of_figures / num_positions:.3g} nats a position off"
+        if of_figures is not None:
+            self._largest_of_figures = max(self._largest_of_figures or 0.0, of_figures / num_positions)
+            if not of_figures / num_positions <= self._noise.log_p:
+                yield f"-log p of its labels, or its entropy, is {of_figures / num_positions:.3g} nats a position off"
         order = np.argsort(decoded.positions, kind="stable")
         fields = {name: getattr(decoded, name)[order] for name in ("positions", "ids", "values")}
         for part, p in zip(replace(decoded, **fields).cut(truth.lengths), truth.blocks):
@@ -82,7 +86,9 @@ class TargetErrors:
         """For people."""
         if isinstance(self._section, HiddenSection):
             return [f"largest error of a state: {self._largest:.2e} of its row's largest (at most {self._limit():.2e})"]
-        figures = [f"largest error of -log p of labels and of entropy: {self._largest_of_figures:.2e} nats a position"]
+        figures = []
+        if (largest := self._largest_of_figures) is not None:
+            figures = [f"largest error of -log p of labels and of entropy: {largest:.2e} nats a position"]
         if isinstance(self._section, SampledSection):
             return [
                 f"largest distance of a share from the teacher's p: {self._largest:.3f} of {self._section.num_draws} "
@@ -97,19 +103,22 @@ class TargetErrors:
 
     def _limit(self) -> float:
         if isinstance(self._section, SampledSection):
-            return 1.0 + self._section.num_draws * self._noise.p
+            of_weights = 0.0 if self._section.proposal_temperature == 1.0 else 0.01 + self._noise.log_p
+            return 1.0 + self._section.num_draws * (self._noise.p + of_weights)
         if isinstance(self._section, HiddenSection):
             return RELATIVE_ERROR[self._section.dtype] + self._noise.state
         # a position's probabilities are scaled to the sum of 1 when they are read, by no more than their own error
         return 2.0 * self._section.max_error + self._noise.log_p
 
     def _add_draws(self, kept: Kept, p: Tensor, section: SampledSection) -> Iterator[str]:
+        """Weights of a proposal r are shares of the draws times p / r, so r is what the shares are near."""
+        at = torch.from_numpy(kept.positions).long(), torch.from_numpy(kept.ids).long()
+        shares, drawn_from = torch.zeros_like(p), p
+        shares[at] = torch.from_numpy(kept.values).double()
         if section.proposal_temperature != 1.0:
-            return  # weighted draws: their distance from p has no bound
-        shares = torch.zeros_like(p)
-        shares[torch.from_numpy(kept.positions).long(), torch.from_numpy(kept.ids).long()] = torch.from_numpy(
-            kept.values
-        ).double()
+            drawn_from = torch.softmax(p.log() / section.proposal_temperature, dim=1)
+            shares[at] *= drawn_from[at] / p[at].clamp_min(1e-300)
+        p = drawn_from
         distance = float((shares - p).abs().max() * section.num_draws) if p.numel() else 0.0
         self._largest = max(self._largest, distance)
         if not distance < self._limit():

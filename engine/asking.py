@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from itertools import islice
 
 import torch
-from transformers import PreTrainedConfig
 
 from engine.cache.fitness import num_rounds
 from engine.cache.folder import ranks_of
@@ -22,13 +21,14 @@ from engine.config.resolve import DataFacts, read_deepspeed_json, resolve
 from engine.config.run import RunConfig
 from engine.data.collate import collate
 from engine.data.shards import ShardSet
-from engine.errors import ConfigError, DataError
+from engine.errors import DataError
 from engine.models import DTYPES, cast, load_model, move
 from engine.parts import accelerator_of, check_model, shared_tokenizer
 from engine.schema import Sample
 from engine.tasks.task import Task, build_task
 from engine.tasks.tokenizer import vocab_size
 from engine.teacher.online import OnlineTeacher
+from engine.teacher.opening import check_layers
 
 log = logging.getLogger("stillhouse")
 
@@ -68,8 +68,7 @@ class Asker:
         self.teacher = OnlineTeacher(
             move(cast(model, DTYPES[self.precision]), device), self._task.model_inputs, hidden_states=keeps_layers
         )
-        if isinstance(codec, HiddenSection):
-            _check_layers(codec.layers, self.teacher.head.weight.shape[1], model.config)
+        check_layers(config, self.teacher.head, model.config)
         self._recorder = build_recorder(config.cache, ranks_of(self.shards), self.teacher.head, manifest.vocab_size)
         self.num_rounds = num_rounds(config.task)
         self._bad: set[tuple[int, int]] = set()
@@ -124,20 +123,6 @@ class Asker:
                 f"{self._config.data.max_bad_samples}: restore the shard, or raise it"
             ) from damage
         log.warning("no targets for a damaged record: %s", damage)
-
-
-def _check_layers(layers: Sequence[int], head_width: int, teacher: PreTrainedConfig) -> None:
-    """Raises ConfigError for layers that the teacher does not have, or that a row of a record has no room for."""
-    if max(layers, default=0) > teacher.num_hidden_layers:
-        raise ConfigError(
-            f"cache.codec.layers: there is no layer {max(layers)}; the teacher has {teacher.num_hidden_layers}, and 0 "
-            "is its embeddings"
-        )
-    if layers and head_width != teacher.hidden_size:
-        raise ConfigError(
-            f"cache.codec.layers: the teacher's layers are {teacher.hidden_size} wide, the states before its head "
-            f"{head_width}, and a record has one width; leave cache.codec.layers empty"
-        )
 
 
 def read_batch(

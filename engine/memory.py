@@ -164,17 +164,20 @@ def _fused_attention() -> Iterator[None]:
         functional.scaled_dot_product_attention = own
 
 
-def logit_arrays(terms: Sequence[AnyTerm], kind: str) -> int:
+def logit_arrays(terms: Sequence[AnyTerm], kind: str, *, sparse: bool = False) -> int:
     """[C, V] fp32 arrays alive at once, counted on the real loss with its metrics, which are at temperature 1.
 
-    On a CPU the temporaries go in blocks that do not count beside the logits themselves.
+    On a CPU the temporaries go in blocks that do not count beside the logits themselves. ``sparse``: of the teacher
+    no array is formed.
     """
     compared = [term for term in terms if isinstance(term, LogitTerm)]
+    temperatures = {str(t.temperature) if isinstance(t.temperature, Ramp) else t.temperature for t in compared}
+    if sparse:
+        return 3 if kind == "cpu" else 4 + 2 * len(temperatures - {1.0})
     if kind == "cpu":
         return 3 if compared else 2
     if not compared:
         return 3
-    temperatures = {str(t.temperature) if isinstance(t.temperature, Ramp) else t.temperature for t in compared}
     logarithms = any(term.kind in ("reverse_kl", "js", "skew_kl") for term in compared)
     return 8 + 4 * len(temperatures - {1.0}) + 2 * logarithms
 
@@ -185,8 +188,8 @@ def head_loss_bytes(
     """The fused loss at its peak: the fp32 gradient of the head [V, H], gradients and states of N rows, a chunk."""
     vocab_size, width = head.shape
     size = VALUE_BYTES[precision]
-    from_cache = config.teacher.kind == "cached" and teacher_width is None
-    arrays = logit_arrays([] if from_cache else config.losses, kind) + from_cache
+    sparse = config.teacher.kind == "cached" and teacher_width is None
+    arrays = logit_arrays(config.losses, kind, sparse=sparse)
     chunk_rows = min(num_rows, max(16, CHUNK_BYTES[kind] // (4 * vocab_size)))
     states = num_rows * (2 * width + (teacher_width or 0)) * size
     return (4 + size) * vocab_size * width + states + arrays * 4 * chunk_rows * vocab_size

@@ -26,7 +26,7 @@ from engine.tasks.packing_trial import check_packing, toy_inputs
 from engine.tasks.task import Task, build_task
 from engine.tasks.tokenizer import compare_tokenizers, load_tokenizer, vocab_size
 from engine.teacher.fingerprint import fingerprint_teacher
-from engine.teacher.opening import join_cache, open_cache
+from engine.teacher.opening import check_layers, join_cache, open_cache
 
 log = logging.getLogger("stillhouse")
 
@@ -129,6 +129,7 @@ def _cache(
                 tap = HeadTap(teacher)
                 tap.remove()
                 head = describe_head(tap.module, teacher.config)
+                check_layers(config, head, teacher.config)
                 head = map_tensors(head, lambda tensor: tensor.to(DTYPES[precision]))
                 joined = join_cache(config, shards, head, precision)
                 fold(joined, shards.manifest)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from engine.config.cache import HiddenSection
 from engine.config.load import load_config
 from engine.config.resolve import Accelerator, DataFacts, ResolvedRun, read_deepspeed_json, resolve
 from engine.config.run import RunConfig
@@ -131,7 +132,9 @@ class Planner:
             teacher = shell(self._teacher, MODEL_CLASSES[config.task.kind])
         counted = count_parameters(student)
         state = student_state_bytes(counted.total + _projection_parameters(config, student, teacher), run)
-        parts = _state_parts(state) + _step_parts(student, teacher, run, self._data.sequence_tokens, self._machine.kind)
+        cached = self._teacher if config.teacher.kind == "cached" and config.cache.codec.kind == "hidden" else None
+        of_step = _step_parts(student, teacher, cached, run, self._data.sequence_tokens, self._machine.kind)
+        parts = _state_parts(state) + of_step
         size = VALUE_BYTES[run.precision]
         master_and_moments = 8 if run.zero_stage == 0 and size == 4 else 12
         return Plan(
@@ -219,12 +222,19 @@ def _state_parts(state: StateBytes) -> list[Part]:
 
 
 def _step_parts(
-    student: PreTrainedModel, teacher: PreTrainedModel | None, run: ResolvedRun, sequence_tokens: int, kind: str
+    student: PreTrainedModel,
+    teacher: PreTrainedModel | None,
+    cached: PreTrainedConfig | None,
+    run: ResolvedRun,
+    sequence_tokens: int,
+    kind: str,
 ) -> list[Part]:
-    """Memory that the teacher, the activations, the loss and the batch take."""
+    """Memory that the teacher, the activations, the loss and the batch take. ``cached`` is the config of a teacher
+    whose states a cache keeps."""
     config, micro = run.config, run.batch.micro_sequences
     tokens = micro * sequence_tokens
-    teacher_width = teacher.config.get_text_config().hidden_size if teacher is not None else None
+    known = teacher.config if teacher is not None else cached
+    teacher_width = known.get_text_config().hidden_size if known is not None else None
     loss = head_loss_bytes(
         config,
         num_rows=round(_head_fraction(config) * tokens),
@@ -236,10 +246,19 @@ def _step_parts(
     activations = activation_bytes(student, run.precision, micro, sequence_tokens, config.run.gradient_checkpointing)
     return [
         *(_teacher_parts(teacher, run, tokens) if teacher is not None else ()),
+        *(_cached_parts(cached, run, tokens) if cached is not None and teacher is None else ()),
         Part("student activations", activations),
         Part("vocabulary head and loss", loss),
         Part("batch", tokens * BATCH_BYTES_PER_TOKEN),
     ]
+
+
+def _cached_parts(teacher: PreTrainedConfig, run: ResolvedRun, tokens: int) -> list[Part]:
+    """The head that a cache of states has, and the states of the layers that it keeps."""
+    config, size, codec = teacher.get_text_config(), VALUE_BYTES[run.teacher_precision], run.config.cache.codec
+    num_layers = len(codec.layers) if isinstance(codec, HiddenSection) else 0
+    head = config.vocab_size * config.hidden_size * size
+    return [Part("teacher head and states, cached", head + num_layers * tokens * config.hidden_size * size)]
 
 
 def _teacher_parts(teacher: PreTrainedModel, run: ResolvedRun, tokens: int) -> list[Part]:

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from engine.checkpoint import CheckpointStore, newest, read_meta
-from engine.errors import CheckpointError
+from engine.errors import CheckpointError, StillhouseError
 from engine.parts import Parts, Place
 from engine.runfolder import check_owner, set_aside, write_start
 from engine.state import TrainState, set_rng_state
@@ -20,17 +20,19 @@ log = logging.getLogger("stillhouse")
 def open_run_folder(folder: Path, store: CheckpointStore, parts: Parts, place: Place, resume: str) -> Path | None:
     """Rank 0 decides what to resume from and prepares the folder; the others follow. Errors are everyone's."""
     found: Path | None = None
-    problem: str | None = None
+    problem: StillhouseError | None = None
     if place.control.is_main:
         try:
             found = _prepare_folder(folder, parts, resume)
-        except CheckpointError as error:
-            problem = str(error)
+        except StillhouseError as error:
+            problem = error
         except Exception as error:  # a full disk comes through several libraries, each with a type of its own
-            problem = f"{folder}: cannot be written ({error}); free some space or give another run.output"
+            problem = CheckpointError(
+                f"{folder}: cannot be written ({error}); free some space or give another run.output"
+            )
     found, problem = place.control.from_main((found, problem))
     if problem is not None:
-        raise CheckpointError(problem)
+        raise problem
     store.remove_incomplete()
     return found
 

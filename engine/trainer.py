@@ -73,8 +73,7 @@ class Trainer:
         self.records.begin(self.state)
         with closing(self.loader.steps(self.state.step)) as batches:
             while self.state.step < last:
-                with self.timer.phase("data", on_device=False):
-                    fetched = self._fetch(batches)
+                fetched = self._fetch(batches)
                 context, stop = self._agree(fetched)
                 assert isinstance(fetched, StepBatches)
                 self._step(fetched, context)
@@ -95,7 +94,10 @@ class Trainer:
     def _fetch(self, batches: Generator[StepBatches, None, None]) -> StepBatches | StillhouseError:
         """An error of this rank is carried to the agreement, where no rank is left waiting."""
         try:
-            return next(batches)
+            with self.timer.phase("data", on_device=False):
+                step = next(batches)
+            with self.timer.phase("teacher"):
+                return self.source.complete(step)
         except StillhouseError as problem:
             return problem
 

@@ -6,6 +6,7 @@
 ``NAME.targets.tar`` the sidecar of data shard NAME.tar (engine/cache/sidecar.py)
 ``manifest.json``    all sidecars with their sizes and hashes; there when the cache is complete
 ``claims/``          which job makes which shard (engine/cache/claims.py); gone when the cache is complete
+``journal/``         what runs asked live of shards that are not whole yet (engine/cache/journal.py)
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import torch
 
 from engine.cache.claims import Claims, waiting
 from engine.cache.identity import FORMAT_VERSION, IDENTITY, CacheIdentity
-from engine.cache.sidecar import REMEDY, Sidecar
+from engine.cache.sidecar import REMEDY, Sidecar, SidecarHeader
 from engine.data.address import BLOCK_BYTES, ByteSource, LocalFile, OnceCache, RemoteFile, beside, is_remote, read_bytes
 from engine.data.atomic import create_once, files_below, write_atomically
 from engine.data.manifest import Manifest, ShardEntry
@@ -96,6 +97,11 @@ class CacheFolder:
         if is_remote(address):
             raise CacheError(f"{address}: a cache is made in a folder; give a path, and copy the finished cache there")
         path = Path(address)
+        if path.with_name(MANIFEST).exists() and not path.exists():
+            raise CacheError(
+                f"{path.with_name(MANIFEST)}: this folder holds something else, and a cache would replace its "
+                "manifest; give another teacher.cache"
+            )
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             for name, content in files.items():
@@ -142,8 +148,20 @@ class CacheFolder:
         or version of the data.
         """
         sidecar = self.sidecar_called(sidecar_name(entry.name))
-        address = sidecar.address
-        header = sidecar.header
+        self._check_header(sidecar.header, entry, sidecar.address)
+        return sidecar
+
+    def check_data(self, data: Manifest) -> None:
+        """Raises CacheError when the manifest of a complete cache tells of other shards than ``data`` has."""
+        entries = self.manifest() or {}
+        for shard in data.shards:
+            if (known := entries.get(sidecar_name(shard.name))) is not None:
+                address = beside(self.address, known.name)
+                header = SidecarHeader.from_json(json.dumps(known.header).encode(), address)
+                self._check_header(header, shard, address)
+
+    def _check_header(self, header: SidecarHeader, entry: ShardEntry, address: str) -> None:
+        """Raises CacheError."""
         sides = (
             ("is of another cache: its cache.json has sha256", header.cache, self.identity.sha256),
             ("was made for the shard", header.shard, entry.name),
@@ -157,13 +175,10 @@ class CacheFolder:
                     f"{address}: {what} {found}, expected {expected}; make a cache for this data with "
                     "launch/cache_teacher.py, or point data.manifest and teacher.cache at those that belong together"
                 )
-        return sidecar
 
     def sidecar_called(self, name: str) -> Sidecar:
         """The sidecar in the file ``name``, of whatever shard. Raises CacheError when it is missing or damaged."""
-        address = beside(self.address, name)
-        source: ByteSource = RemoteFile(address, self._blocks) if is_remote(address) else LocalFile(address)
-        return Sidecar(source, address)
+        return Sidecar(self._file(name), beside(self.address, name))
 
     def manifest(self) -> dict[str, SidecarEntry] | None:
         """The sidecars by name; None while the cache is not complete. Raises CacheError when it is damaged."""
@@ -225,7 +240,7 @@ class CacheFolder:
         """All that the complete cache takes: sidecars, manifest and the rest."""
         manifest = self.manifest() or {}
         names = [IDENTITY, RANKS, MANIFEST] + ([HEAD] if self.identity.head_sha256 else [])
-        others = sum(len(read_bytes(beside(self.address, name))) for name in names)
+        others = sum(self._file(name).num_bytes for name in names)
         return others + sum(entry.num_bytes for entry in manifest.values())
 
     def facts(self) -> dict[str, str]:
@@ -249,6 +264,10 @@ class CacheFolder:
         if is_remote(self.address):
             return []
         return list(waiting([claim for claim in Claims(self.path / CLAIMS).all() if not claim.is_stale]))
+
+    def _file(self, name: str) -> ByteSource:
+        address = beside(self.address, name)
+        return RemoteFile(address, self._blocks) if is_remote(address) else LocalFile(address)
 
     def _checked(self, name: str, sha256: str) -> bytes:
         address = beside(self.address, name)

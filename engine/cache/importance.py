@@ -3,6 +3,9 @@
 With proposal temperature t an id is drawn with probability r_i in proportion to p_i^(1/t), and its weight is
 count_i / num_draws * p_i / r_i, whose expectation is p_i (importance sampling; arXiv 2503.16870 tries 0.8 to 1.2). The
 weights are kept as levels, so a pair costs some 6 bits more than a mere count.
+
+The likeliest id need not weigh the most. A record is a varint (positions), for each position the place of the likeliest
+id among its pairs, heaviest first, in as many bits as num_draws - 1 needs, padded to a byte; then the levelled pairs.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from engine.cache import bits, varints
 from engine.cache.distribution import TILE_IDS, Distributions, sums_of_tiles
 from engine.cache.drawing import counted, draw_systematically
 from engine.cache.kept import Kept
@@ -32,6 +36,7 @@ class ImportanceCodec:
     def __init__(self, ranks: np.ndarray, num_draws: int, proposal_temperature: float) -> None:
         """``ranks`` [V]: the number of each id by frequency."""
         self._num_draws, self._exponent = num_draws, 1.0 / proposal_temperature
+        self._place_bits = (num_draws - 1).bit_length()
         self._pairs = LevelledPairs(ranks, _MAX_ERROR, with_tail=False)
 
     def select(self, teacher: Distributions, offsets: Tensor) -> Kept:
@@ -56,13 +61,32 @@ class ImportanceCodec:
                 f"a draw weighs {largest:.0f}, more than the {1 / _SCALE:.0f} that can be kept; bring "
                 "cache.codec.proposal_temperature nearer to 1, or raise num_draws"
             )
-        return self._pairs.encode(replace(kept, values=kept.values * np.float32(_SCALE)))
+        pairs = self._pairs.encode(replace(kept, values=kept.values * np.float32(_SCALE)))
+        read = self._pairs.decode([pairs])  # in the order of a reader
+        likeliest = np.flatnonzero(read.ids == kept.top_ids[read.positions])
+        places = likeliest - _starts(read)
+        return varints.encode([kept.num_positions]) + bits.pack(places, np.full(len(places), self._place_bits)) + pairs
 
     def decode(self, records: Sequence[bytes]) -> Kept:
         """Sorted by position, the largest weight first. Raises ValueError when a record is cut short."""
-        kept = self._pairs.decode(records)
-        return replace(kept, values=kept.values / np.float32(_SCALE))
+        counts, rests = varints.read_headers(records, 1)
+        places = bits.unpack(rests, counts, np.array([self._place_bits]))
+        cuts = (self._place_bytes(count) for count in counts[:, 0].tolist())
+        kept = self._pairs.decode([rest[cut:] for rest, cut in zip(rests, cuts)])
+        top_ids = kept.ids[np.minimum(_starts(kept) + places, len(kept.ids) - 1)]
+        return replace(kept, values=kept.values / np.float32(_SCALE), top_ids=top_ids)
 
     def parts(self, record: bytes) -> dict[str, int]:
         """``ids`` hold the classes too, the coarse part of the weights. Raises ValueError."""
-        return self._pairs.parts(record)
+        (num_positions,), start = varints.decode(record, 1)
+        places = self._place_bytes(num_positions)
+        parts = self._pairs.parts(record[start + places :])
+        return parts | {"header": parts["header"] + start, "values": parts["values"] + places}
+
+    def _place_bytes(self, num_positions: int) -> int:
+        return (num_positions * self._place_bits + 7) // 8
+
+
+def _starts(kept: Kept) -> np.ndarray:
+    """[P]: where the pairs of each position begin."""
+    return np.searchsorted(kept.positions, np.arange(kept.num_positions))

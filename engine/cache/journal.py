@@ -26,6 +26,8 @@ from engine.data.manifest import Manifest
 log = logging.getLogger("stillhouse")
 
 JOURNAL = "journal"
+_FOLDED = (FileNotFoundError, ValueError, KeyError)
+"""What reading raises of a journal that is gone, or was begun anew under its name."""
 
 
 class Place(NamedTuple):
@@ -59,7 +61,7 @@ class Journal:
         place = self._places.get((shard, number))
         try:
             return None if place is None else _read(place, shard, number).record
-        except (OSError, ValueError, KeyError):  # folded meanwhile, or begun anew under its name
+        except _FOLDED:
             return None
 
     def add(self, shard: str, number: int, record: Record, sums: Sums) -> None:
@@ -110,9 +112,12 @@ def fold(folder: CacheFolder, data: Manifest) -> None:
         num_records = entry.num_samples * folder.identity.num_rounds
         places = found.get(entry.name, {})
         if len(places) == num_records and not folder.path_of(entry).exists():
-            with contextlib.suppress(FileNotFoundError), SidecarWriter(folder.path_of(entry), num_records) as writer:
-                for number in range(num_records):  # a journal that is gone was folded by another process just now
-                    writer.add(*_read(places[number], entry.name, number))
+            with SidecarWriter(folder.path_of(entry), num_records) as writer:
+                try:
+                    for number in range(num_records):
+                        writer.add(*_read(places[number], entry.name, number))
+                except _FOLDED:  # by another process, just now
+                    continue
                 writer.finish(folder.identity.sha256, entry.name, entry.sha256, folder.identity.num_rounds)
     missing = {entry.name for entry in folder.missing(data)}
     for path in journals:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from engine.cache import varints
+from engine.errors import CacheError
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _FP8 = torch.float8_e4m3fn
@@ -28,7 +29,10 @@ class StatesCodec:
         self._row_bytes = 4 + width if dtype == "fp8" else width * _DTYPES[dtype].itemsize
 
     def encode(self, hidden: Tensor, layers: Sequence[Tensor]) -> bytes:
-        """The record of one sample: [N, G] states at its labelled positions, [T, G] of each layer; on the CPU."""
+        """The record of one sample: [N, G] states at its labelled positions, [T, G] of each layer; on the CPU.
+
+        Raises CacheError for a state that is too large for the type.
+        """
         num_tokens = len(layers[0]) if layers else 0
         rows = torch.cat([hidden, *layers])
         return varints.encode([len(hidden), num_tokens]) + self._to_bytes(rows).numpy().tobytes()
@@ -60,7 +64,13 @@ class StatesCodec:
 
     def _to_bytes(self, rows: Tensor) -> Tensor:
         if self._dtype != "fp8":
-            return rows.to(_DTYPES[self._dtype]).contiguous().view(torch.uint8)
+            kept = rows.to(_DTYPES[self._dtype]).contiguous()
+            if not kept.isfinite().all():  # the teacher's own are, by now
+                raise CacheError(
+                    f"a state of {rows.abs().max():.3g} is past what {self._dtype} can hold; set "
+                    "cache.codec.dtype: bf16"
+                )
+            return kept.view(torch.uint8)
         scale = (rows.float().abs().amax(dim=1, keepdim=True) / _FP8_MAX).clamp_min(1e-30)
         scaled = (rows.float() / scale).to(_FP8)
         return torch.cat([scale.view(torch.uint8), scaled.view(torch.uint8)], dim=1)

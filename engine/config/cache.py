@@ -17,9 +17,9 @@ class SampledSection(Section):
     kind: Literal["sampled"]
     num_draws: Annotated[int, Field(ge=1, le=4096)] = 50
     """Draws a position. 50 keep about 15 different ids."""
-    proposal_temperature: Annotated[float, Field(ge=0.5, le=2.0)] = 1.0
+    proposal_temperature: Annotated[float, Field(ge=0.8, le=2.0)] = 1.0
     """Draw from the teacher's distribution to the power of 1 / this, and weight the draws so that they stay unbiased.
-    Above 1 the tail is seen more often, below 1 less."""
+    Above 1 the tail is seen more often, below 1 less; far below, a rare draw would weigh past all bounds."""
 
 
 class TopKSection(Section):
@@ -66,7 +66,8 @@ CodecSection = Annotated[SampledSection | TopKSection | TopPSection | HiddenSect
 
 
 class CacheSection(Section):
-    """How `launch/cache_teacher.py` makes the cache that `teacher.cache` names. Training does not read it."""
+    """How `launch/cache_teacher.py` makes the cache that `teacher.cache` names. Training reads it only with
+    `teacher.on_missing: ask`."""
 
     codec: CodecSection = SampledSection(kind="sampled")
     """What is kept: `sampled`, `top_k`, `top_p` or `hidden`, with its settings."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -30,6 +30,7 @@ from engine.schema import (
     Head,
     Sample,
     SparseTargets,
+    StepBatches,
     Targets,
     Unanswered,
     map_tensors,
@@ -63,7 +64,7 @@ class CachedTargets:
         self, folder: CacheFolder, data: Manifest, tail: str, device: torch.device, live: Live | None = None
     ) -> None:
         """``tail`` is what becomes of the mass that top_k and top_p do not keep; ``live`` answers what is missing."""
-        self._live = live
+        self._live, self._device = live, device
         self._folder, self._data, self._tail = folder, data, tail
         self._section = read_codec(folder.identity.codec)
         self._head: Head | None = None
@@ -158,17 +159,23 @@ class CachedTargets:
             layers[number] = whole.view(*batch.labels.shape, -1)
         return CachedStates(hidden, tuple(layers))
 
+    def complete(self, step: StepBatches) -> StepBatches:
+        """With answers to what the cache lacks, and those written down."""
+        batches = [
+            replace(batch, cached=self._asked(batch.cached, batch)) if isinstance(batch.cached, Unanswered) else batch
+            for batch in step.micro_batches
+        ]
+        return replace(step, micro_batches=tuple(batches))
+
     def targets_for(self, batch: Batch, rows: Tensor) -> Targets | None:
-        """What the loader put beside the batch, or what a live teacher says, kept as the cache would keep it.
+        """What lies beside the batch, be it from the cache or from a live teacher, in the form the cache keeps.
 
         Of held-out text a cache knows nothing: None, unless there is a live teacher.
         """
-        if batch.cached is None:
-            return None if self._live is None else self._live.teacher.targets_for(batch, rows)
         cached = batch.cached
-        if isinstance(cached, Unanswered):
-            device = batch.labels.device
-            cached = map_tensors(self._asked(cached, batch), lambda tensor: tensor.to(device))
+        if cached is None:
+            return None if self._live is None else self._live.teacher.targets_for(batch, rows)
+        assert not isinstance(cached, Unanswered), "complete comes before"
         if not isinstance(cached, CachedStates):
             return cached
         assert self._head is not None
@@ -177,6 +184,7 @@ class CachedTargets:
     def _asked(self, question: Unanswered, batch: Batch) -> SparseTargets | CachedStates:
         """The whole batch goes to the teacher; the answers to samples that the cache lacks are written down."""
         assert self._live is not None
+        batch = batch.to(self._device)
         rounds = [record.round_number if isinstance(record, Lacking) else 0 for record in question.records]
         asked = Asked(question.samples, rounds, question.labelled, batch)
         answer = self._live.teacher.targets_for(batch, batch.label_rows)

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from engine.losses.head import HeadTap, describe_head
 from engine.losses.hidden import select_rows
-from engine.schema import Batch, DenseTargets
+from engine.schema import Batch, DenseTargets, StepBatches
 
 
 class OnlineTeacher:
@@ -33,3 +33,6 @@ class OnlineTeacher:
         output = self.model(**self._model_inputs(batch, self.model), output_hidden_states=self._hidden_states)
         states = tuple(output.hidden_states) if self._hidden_states else ()
         return DenseTargets(select_rows(self.tap.take(), rows), self.head, states)
+
+    def complete(self, step: StepBatches) -> StepBatches:
+        return step

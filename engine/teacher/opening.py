@@ -5,15 +5,18 @@ from __future__ import annotations
 import hashlib
 from dataclasses import replace
 
+from transformers import PreTrainedConfig
+
 from engine.cache.codec import describe_codec
 from engine.cache.fitness import check_terms, num_rounds, task_settings
 from engine.cache.folder import HEAD, RANKS, CacheFolder, cache_address, head_content, ranks_of
 from engine.cache.identity import CacheIdentity
+from engine.config.cache import HiddenSection
 from engine.config.run import RunConfig
 from engine.data.manifest import Manifest
 from engine.data.record import encode_array
 from engine.data.shards import ShardSet
-from engine.errors import CacheError
+from engine.errors import CacheError, ConfigError
 from engine.schema import Head
 from engine.teacher.fingerprint import fingerprint_teacher
 
@@ -44,6 +47,7 @@ def open_cache(config: RunConfig, data: Manifest, teacher: str | None) -> CacheF
             "the cache of this teacher and task, or make it with launch/cache_teacher.py"
         )
     check_terms(config, identity)
+    folder.check_data(data)
     if config.teacher.on_missing == "refuse":
         _refuse_missing(folder, data)
     return folder
@@ -93,3 +97,18 @@ def _refuse_missing(folder: CacheFolder, data: Manifest) -> None:
     raise CacheError(
         f"{folder.address} has no targets for {len(missing)} of {len(data.shards)} shards: {names}{more}; {advice}"
     )
+
+
+def check_layers(config: RunConfig, head: Head, teacher: PreTrainedConfig) -> None:
+    """Raises ConfigError for layers that the teacher does not have, or that a row of a record has no room for."""
+    layers = config.cache.codec.layers if isinstance(config.cache.codec, HiddenSection) else ()
+    if max(layers, default=0) > teacher.num_hidden_layers:
+        raise ConfigError(
+            f"cache.codec.layers: there is no layer {max(layers)}; the teacher has {teacher.num_hidden_layers}, and 0 "
+            "is its embeddings"
+        )
+    if layers and head.weight.shape[1] != teacher.hidden_size:
+        raise ConfigError(
+            f"cache.codec.layers: the teacher's layers are {teacher.hidden_size} wide, the states before its head "
+            f"{head.weight.shape[1]}, and a record has one width; leave cache.codec.layers empty"
+        )

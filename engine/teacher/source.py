@@ -6,7 +6,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from engine.schema import Batch, Targets
+from engine.schema import Batch, StepBatches, Targets
 
 
 class TargetSource(Protocol):
@@ -16,9 +16,17 @@ class TargetSource(Protocol):
         """The targets of ``batch`` at the flat indices ``rows``, [N]."""
         ...
 
+    def complete(self, step: StepBatches) -> StepBatches:
+        """What can fail on this rank alone is done here, before ranks agree that all of them go on. Raises
+        DataError or CacheError."""
+        ...
+
 
 class NoTeacher:
     """Training on the labels alone."""
 
     def targets_for(self, batch: Batch, rows: Tensor) -> None:
         return None
+
+    def complete(self, step: StepBatches) -> StepBatches:
+        return step

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,11 @@ import torch
 from engine import Distiller
 from engine.cache.folder import CacheFolder
 from engine.cache.journal import Journal, fold
-from engine.cache.sidecar import Sums
+from engine.cache.sidecar import SidecarWriter, Sums
 from engine.data.shards import ShardSet
+from engine.errors import CacheError, ConfigError, DataError
 from engine.teacher.online import OnlineTeacher
+from engine.trainer import Trainer
 from tests.caching import cached_run, make_cache
 from tests.full_disk import fill, small_disk
 from tests.launching import distill, finish
@@ -61,7 +64,7 @@ def test_what_is_missing_is_asked_once_and_kept(tmp_path: Path, codec: str, aske
     make_cache(cached_run(tmp_path, codec=codec), [1])
     asked.clear()
     Distiller(asking(tmp_path, "asks", codec)).fit()
-    assert asked
+    assert 0 < len(asked) <= 48, "a batch that the cache has whole is not asked for"
     assert losses(tmp_path, "asks") == pytest.approx(losses(tmp_path, "whole"), rel=1e-4)
     assert sidecars(tmp_path, codec) == {"shard-000000", "shard-000001", "shard-000002"}
     assert not (tmp_path / "train" / codec / "journal").exists()
@@ -135,6 +138,66 @@ def test_processes_that_fold_at_once_make_the_sidecars_once(tmp_path: Path) -> N
             folder.path_of(entry).unlink()
 
 
+def test_a_journal_begun_anew_while_it_is_folded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One process has read where the records are; another folds them, and a live run goes on under the same name."""
+    make_cache(cached_run(tmp_path, teacher={"cache": "whole"}))
+    data = ShardSet.open(str(tmp_path / "train" / "manifest.json")).manifest
+    folder = make_cache(cached_run(tmp_path), [])
+    whole = CacheFolder.open(str(tmp_path / "train" / "whole" / "cache.json"))
+    live = Journal(folder, data)
+
+    def add(number: int) -> None:
+        sidecar = whole.sidecar(data.shards[number])
+        for record in range(sidecar.header.num_records):
+            live.add(data.shards[number].name, record, sidecar.read(record), Sums(32, 28, 1, 0.5))
+
+    add(0)
+    own, met = SidecarWriter.__enter__, []
+
+    def enter(self: SidecarWriter) -> SidecarWriter:
+        if not met:
+            met.append(self)
+            fold(folder, data)
+            add(1)
+        return own(self)
+
+    monkeypatch.setattr(SidecarWriter, "__enter__", enter)
+    fold(folder, data)
+    assert met
+    assert sidecars(tmp_path, "sampled") == {"shard-000000"}
+    fold(folder, data)
+    assert sidecars(tmp_path, "sampled") == {"shard-000000", "shard-000001"}
+
+
+def test_what_a_live_teacher_cannot_answer_ends_the_step_before_it_begins(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While ranks can still agree on it: in the middle of a step the others would wait for this one."""
+    own, agreed = OnlineTeacher.targets_for, []
+    agree = Trainer._agree
+
+    def poisoned(self: OnlineTeacher, batch: Any, rows: torch.Tensor) -> Any:
+        targets = own(self, batch, rows)
+        return replace(targets, hidden=targets.hidden * float("nan"))
+
+    def agreeing(self: Trainer, fetched: Any) -> Any:
+        agreed.append(type(fetched))
+        return agree(self, fetched)
+
+    monkeypatch.setattr(OnlineTeacher, "targets_for", poisoned)
+    monkeypatch.setattr(Trainer, "_agree", agreeing)
+    with pytest.raises(DataError, match="NaN or Inf for one of shard-"):
+        Distiller(asking(tmp_path, "poisoned")).fit()
+    assert agreed == [DataError]
+
+
+def test_layers_that_a_live_teacher_does_not_have(tmp_path: Path) -> None:
+    codec = {"codec": {"kind": "hidden", "layers": [9]}}
+    with pytest.raises(ConfigError, match=r"cache\.codec\.layers: there is no layer 9; the teacher has 4"):
+        Distiller(asking(tmp_path, "beyond", "hidden", cache=codec)).fit()
+    assert not (tmp_path / "train" / "hidden").exists()
+
+
 def test_a_full_disk_ends_the_writing_and_not_the_run(tmp_path: Path) -> None:
     make_cache(cached_run(tmp_path, teacher={"cache": "whole"}))
     Distiller(cached_run(tmp_path, teacher={"cache": "whole"}, run=EPOCH | {"name": "whole"},
@@ -161,8 +224,6 @@ def test_ranks_ask_for_their_own(tmp_path: Path) -> None:
 
 
 def test_another_codec_than_the_caches_is_refused(tmp_path: Path) -> None:
-    from engine.errors import CacheError
-
     make_cache(cached_run(tmp_path), [0])
     with pytest.raises(CacheError, match="this cache holds other targets; codec num_draws: it has 20, this job 21"):
         Distiller(asking(tmp_path, "other", cache={"codec": {"kind": "sampled", "num_draws": 21}})).fit()

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 
+from engine.cache import claims
 from engine.cache.claims import Claims, Owner
 from engine.cache.folder import CacheFolder
 from engine.capture import Capture
@@ -133,8 +134,27 @@ def test_the_claim_of_a_job_elsewhere_is_left_until_its_heart_stops(tmp_path: Pa
     assert not (tmp_path / "train" / "sampled" / "claims").exists()
 
 
+def test_a_claim_lives_as_long_as_its_job_touches_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both seem to be elsewhere, so that nothing but the age of a claim tells whether its job lives."""
+    monkeypatch.setattr(claims, "HEARTBEAT_SECONDS", 0.05)
+    monkeypatch.setattr(claims, "STALE_SECONDS", 0.5)
+    monkeypatch.setattr(Owner, "is_gone", lambda self: False)
+    other = Claims(tmp_path)
+    with Claims(tmp_path) as slow:
+        assert slow.take("a")
+        time.sleep(1.0)
+        assert not other.take("a")
+    with monkeypatch.context() as patch:
+        patch.setattr(Claims, "_beat", lambda self: None)
+        with Claims(tmp_path) as hung:
+            assert hung.take("a")
+            time.sleep(1.0)
+            assert other.take("a")
+        assert [claim.name for claim in other.all()] == ["a"], "what is another's now is left alone"
+
+
 def test_the_claim_of_a_slow_job_is_its_own(tmp_path: Path) -> None:
-    """It lives, so no other job makes its shard, however long it takes."""
+    """It lives, so no other job makes its shard."""
     config = cached_run(tmp_path)
     with Claims(tmp_path / "train" / "sampled" / "claims") as slow:
         assert slow.take("shard-000001.targets.tar")

@@ -117,6 +117,30 @@ def test_targets_that_are_not_for_these_inputs(root: Path, monkeypatch: pytest.M
     fails(cached_run(root), CacheError, "are not for the ids, documents and masks that the run gives")
 
 
+def test_a_shard_that_was_built_anew_is_found_before_the_first_step(root: Path) -> None:
+    tiny.shards(root / "other", "causal_lm", seed=9)
+    paths = [root / folder / "manifest.json" for folder in ("train", "other")]
+    ours, theirs = (json.loads(path.read_text()) for path in paths)
+    ours["shards"][2] = theirs["shards"][2]
+    paths[0].write_text(json.dumps(ours))
+    words = "shard-000002.targets.tar: was made for other data: shard-000002.tar had sha256", "expected"
+    refused(cached_run(root), CacheError, *words)
+
+
+def test_the_folder_of_other_shards_is_no_place_for_a_cache(root: Path) -> None:
+    manifest = root / "heldout" / "manifest.json"
+    before = manifest.read_bytes()
+    with pytest.raises(CacheError, match=r"this folder holds something else, and a cache would replace its manifest"):
+        make_cache(cached_run(root, teacher={"cache": str(manifest.parent)}))
+    assert manifest.read_bytes() == before
+
+
+def test_a_damaged_manifest_of_the_cache(root: Path) -> None:
+    (cached(root) / "manifest.json").write_text("{")
+    fails(cached_run(root), CacheError, "manifest.json: damaged", "delete this file")
+    assert not (root / "runs" / "run").exists()
+
+
 @pytest.mark.parametrize("keep", [100, HEAD_BYTES + 10, 9000, -1])
 def test_a_truncated_sidecar(root: Path, keep: int) -> None:
     path = cached(root) / "shard-000000.targets.tar"

@@ -18,7 +18,7 @@ import torch
 import yaml
 
 from benchmarks.distillkit_scheme import encode
-from data_tools import distillkit_cache
+from data_tools import distillkit_cache, verify_cache
 from data_tools.distillkit_config import DistillKitConfig, ResidualBin
 from data_tools.distillkit_format import decode
 from data_tools.import_distillkit import main
@@ -32,6 +32,7 @@ from engine.schema import SparseTargets
 from engine.teacher.cached import CachedTargets
 from tests import tiny
 from tests.caching import FORWARD_KL, files_of
+from tests.launching import write_config
 from tests.refusals import parts_of, refused
 
 ROOT = Path(__file__).parents[2]
@@ -192,6 +193,18 @@ def test_a_capture_whose_teacher_is_not_named_trains(root: Path, tmp_path: Path)
     named, unnamed = (CacheFolder.open(str(root / name / "distillkit/cache.json")) for name in ("imported", "unnamed"))
     assert named.identity.teacher != unnamed.identity.teacher
     assert unnamed.identity.teacher_name == str(root / "captured")
+
+
+def test_the_teacher_can_be_asked_about_an_import(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """How near it should be is not known, so it is told and not judged."""
+    run = write_config(tmp_path / "run.yaml", run_of(root))
+    assert verify_cache.main(["--config", str(run), "--workers", "1", "--against-teacher", "4"]) == 0
+    told = capsys.readouterr().out
+    assert "asked about 4 samples in fp32" in told
+    assert "largest error of a log-probability: 0.0" in told
+    assert "-log p of labels" not in told, "the import does not know it"
 
 
 @pytest.mark.parametrize("workers", ["1", "2"])

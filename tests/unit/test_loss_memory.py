@@ -16,7 +16,7 @@ from engine.losses.block import LogitLoss
 from engine.losses.fused import FusedInputs, fused_head_loss
 from engine.losses.scratch import Scratch
 from engine.memory import logit_arrays
-from engine.schema import DenseTargets, Head
+from engine.schema import DenseTargets, Head, SparseTargets
 
 IDS, ROWS, CHUNK_ROWS = 4000, 300, 100
 CHUNK = 4 * IDS * CHUNK_ROWS
@@ -45,7 +45,16 @@ class ChunksAlive(TorchDispatchMode):
             weakref.finalize(storage, self._alive.discard, address)
 
 
-def alive(losses: list[LogitLoss], monkeypatch: pytest.MonkeyPatch) -> int:
+def from_a_cache() -> SparseTargets:
+    """As top_k keeps them, which serves most terms."""
+    weights = torch.full((ROWS, 5), 0.1)
+    top = torch.randint(IDS, (ROWS,))
+    ids = torch.stack([top + step for step in range(5)], dim=1) % IDS
+    figures = torch.ones(ROWS)
+    return SparseTargets(ids, weights, top, figures, figures, 1.0, torch.full((ROWS,), 0.5), "bucket", False)
+
+
+def alive(losses: list[LogitLoss], monkeypatch: pytest.MonkeyPatch, *, sparse: bool = False) -> int:
     monkeypatch.setitem(fused.CHUNK_BYTES, "cpu", CHUNK)
     monkeypatch.setitem(fused.BLOCK_BYTES, "cpu", 1 << 40)
     monkeypatch.setattr(Scratch, "new", lambda self: torch.empty(self._num_rows, IDS))  # the allocator's, as on a GPU
@@ -54,7 +63,7 @@ def alive(losses: list[LogitLoss], monkeypatch: pytest.MonkeyPatch) -> int:
     inputs = FusedInputs(
         labels=torch.randint(IDS, (ROWS,)),
         all_labelled=True,
-        targets=DenseTargets(torch.randn(ROWS, 8), teacher) if compared else None,
+        targets=from_a_cache() if sparse else DenseTargets(torch.randn(ROWS, 8), teacher) if compared else None,
         losses=losses,
         num_ids=IDS,
         with_metrics=True,
@@ -85,6 +94,25 @@ def test_the_planner_counts_the_chunks_that_are_alive(
     parsed = [adapter.validate_python(term) for term in terms]
     said = logit_arrays(parsed, "cuda")
     real = alive([as_loss(term) for term in parsed], monkeypatch)
+    assert real <= said <= real + 2
+
+
+@pytest.mark.parametrize(
+    "terms",
+    [
+        [{"kind": "forward_kl"}, {"kind": "cross_entropy"}],
+        [{"kind": "forward_kl", "temperature": 2.0}, {"kind": "cross_entropy"}],
+        [{"kind": "js", "temperature": 2.0}, {"kind": "reverse_kl", "temperature": 3.0}],
+    ],
+    ids=lambda terms: "+".join(term["kind"] for term in terms),
+)
+def test_a_cache_of_few_ids_needs_no_chunk_of_the_teachers(
+    terms: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter: TypeAdapter[Any] = TypeAdapter(AnyTerm)
+    parsed = [adapter.validate_python(term) for term in terms]
+    said = logit_arrays(parsed, "cuda", sparse=True)
+    real = alive([as_loss(term) for term in parsed], monkeypatch, sparse=True)
     assert real <= said <= real + 2
 
 

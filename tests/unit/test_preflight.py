@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -191,6 +192,19 @@ def test_preflight_says_yes_no_and_what_would_help(run_yaml: Path) -> None:
     assert "Verdict     NO" in too_small.stdout
     assert "fits            batch.micro_sequences=" in too_small.stdout
     assert "run.gradient_checkpointing=true" in too_small.stdout
+
+
+def test_a_cache_of_states_takes_the_room_of_its_head(run_yaml: Path) -> None:
+    words = ["--config", str(run_yaml), "--samples", "100000", "--sequence-tokens", "1024", "--device-memory", "80GB"]
+    cached = preflight(*words, "teacher.kind=cached", "teacher.cache=t", "cache.codec.kind=hidden")
+    assert re.search(r"teacher head and states, cached +25\.7 MB", cached.stdout), cached.stdout + cached.stderr
+    few_ids = preflight(*words, "teacher.kind=cached", "teacher.cache=t")
+    assert "teacher" not in few_ids.stdout[few_ids.stdout.index("Memory of") :]
+    online, of_states, of_few = (
+        re.search(r"vocabulary head and loss +([\d.]+ [MG]B)", shown)[1]  # type: ignore[index]
+        for shown in (preflight(*words).stdout, cached.stdout, few_ids.stdout)
+    )
+    assert of_few != of_states == online, (of_few, of_states, online)
 
 
 def test_preflight_finds_what_the_run_would_refuse(run_yaml: Path) -> None:

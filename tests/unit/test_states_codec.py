@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from engine.cache.states import RELATIVE_ERROR, StatesCodec
+from engine.errors import CacheError
 
 
 @pytest.mark.parametrize("dtype", RELATIVE_ERROR)
@@ -39,3 +40,10 @@ def test_a_record_of_another_length_is_refused() -> None:
 def test_no_records_are_nothing(dtype: str) -> None:
     hidden, layers = StatesCodec(dtype, 8, 2).decode([])
     assert [len(hidden), *map(len, layers)] == [0, 0, 0]
+
+
+def test_a_state_that_is_too_large_for_its_type_is_refused() -> None:
+    states = torch.tensor([[1.0, 70_000.0]])
+    with pytest.raises(CacheError, match=r"7e\+04 is past what fp16 can hold; set cache.codec.dtype: bf16"):
+        StatesCodec("fp16", 2, 0).encode(states, [])
+    assert StatesCodec("bf16", 2, 0).decode([StatesCodec("bf16", 2, 0).encode(states, [])])[0].isfinite().all()
