@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from data_tools.cache_records import RecordReader
-from engine.cache.folder import HEAD, MANIFEST, RANKS, CacheFolder
+from engine.cache.folder import HEAD, RANKS, CacheFolder
 from engine.cache.identity import IDENTITY
+from engine.cache.manifest import MANIFEST
 from engine.cache.sidecar import INDEX_DTYPE, SidecarHeader
 from engine.data.address import beside, read_bytes
 from engine.errors import MissingError

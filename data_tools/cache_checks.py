@@ -10,13 +10,12 @@ from engine.cache.claims import Claims
 from engine.cache.fitness import num_rounds, task_settings
 from engine.cache.folder import (
     CLAIMS,
-    MANIFEST,
     SUFFIX,
     CacheFolder,
-    SidecarEntry,
     cache_address,
     sidecar_name,
 )
+from engine.cache.manifest import MANIFEST, SidecarEntry
 from engine.config.run import RunConfig
 from engine.data.address import beside, is_remote
 from engine.data.atomic import files_below

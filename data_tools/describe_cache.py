@@ -17,8 +17,9 @@ from data_tools.cache_records import RecordReader
 from data_tools.cached_positions import PositionViewer
 from data_tools.sizes import show_bytes
 from engine.cache.codec import read_codec
-from engine.cache.folder import MANIFEST, SUFFIX, CacheFolder
+from engine.cache.folder import SUFFIX, CacheFolder
 from engine.cache.identity import IDENTITY
+from engine.cache.manifest import MANIFEST
 from engine.config.cache import HiddenSection
 from engine.data.address import beside, is_remote
 from engine.data.atomic import files_below

@@ -17,7 +17,8 @@ from data_tools.distillkit_identity import Teacher, cache_identity
 from data_tools.distillkit_rows import TARGETS, Piece, Row, pieces_of, place_of_sample, read_rows
 from engine.cache.folder import RANKS, CacheFolder, cache_address, ranks_of
 from engine.cache.recording import hashes_and_lengths
-from engine.cache.sidecar import Record, SidecarWriter, Sums
+from engine.cache.sidecar import Record, Sums
+from engine.cache.sidecar_writer import SidecarWriter
 from engine.config.cache import TopKSection
 from engine.data.manifest import ShardEntry
 from engine.data.record import encode_array

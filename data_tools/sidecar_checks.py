@@ -10,7 +10,8 @@ import numpy as np
 
 from data_tools.cache_checks import AGAIN, CacheCheck
 from data_tools.cache_records import States
-from engine.cache.folder import MANIFEST, sidecar_name
+from engine.cache.folder import sidecar_name
+from engine.cache.manifest import MANIFEST
 from engine.cache.recording import NOTHING, hashes_and_lengths
 from engine.cache.sidecar import REMEDY, Record, Sidecar, Sums
 from engine.data.address import beside

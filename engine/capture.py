@@ -13,7 +13,8 @@ from engine.asking import Asker
 from engine.cache.claims import Claims
 from engine.cache.folder import CLAIMS, sidecar_name, unwritable
 from engine.cache.journal import fold
-from engine.cache.sidecar import INDEX_DTYPE, SidecarWriter
+from engine.cache.sidecar import INDEX_DTYPE
+from engine.cache.sidecar_writer import SidecarWriter
 from engine.config.run import RunConfig
 from engine.data.manifest import ShardEntry
 from engine.data.spread import spread

@@ -15,17 +15,17 @@ import hashlib
 import io
 import json
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import safetensors.torch
 import torch
 
 from engine.cache.claims import Claims, waiting
-from engine.cache.identity import FORMAT_VERSION, IDENTITY, CacheIdentity
-from engine.cache.sidecar import REMEDY, Sidecar, SidecarHeader
+from engine.cache.identity import IDENTITY, CacheIdentity
+from engine.cache.manifest import MANIFEST, SidecarEntry, check_header, facts_of, manifest_content, parse_manifest
+from engine.cache.sidecar import Sidecar, SidecarHeader
 from engine.data.address import BLOCK_BYTES, ByteSource, LocalFile, OnceCache, RemoteFile, beside, is_remote, read_bytes
 from engine.data.atomic import create_once, files_below, write_atomically
 from engine.data.manifest import Manifest, ShardEntry
@@ -33,19 +33,9 @@ from engine.data.shards import ShardSet
 from engine.errors import CacheError, ConfigError, MissingError
 from engine.schema import Head
 
-MANIFEST, RANKS, HEAD, CLAIMS = "manifest.json", "ranks.npy", "head.safetensors", "claims"
+RANKS, HEAD, CLAIMS = "ranks.npy", "head.safetensors", "claims"
 SUFFIX = ".targets.tar"
 _REMOTE_BYTES = 512 << 20
-
-
-@dataclass(frozen=True)
-class SidecarEntry:
-    """A line of the cache's manifest."""
-
-    name: str
-    num_bytes: int
-    sha256: str
-    header: dict[str, Any]
 
 
 def cache_address(name: str, data_manifest: str) -> str:
@@ -148,7 +138,7 @@ class CacheFolder:
         or version of the data.
         """
         sidecar = self.sidecar_called(sidecar_name(entry.name))
-        self._check_header(sidecar.header, entry, sidecar.address)
+        check_header(sidecar.header, entry, self.identity, sidecar.address)
         return sidecar
 
     def check_data(self, data: Manifest) -> None:
@@ -158,23 +148,7 @@ class CacheFolder:
             if (known := entries.get(sidecar_name(shard.name))) is not None:
                 address = beside(self.address, known.name)
                 header = SidecarHeader.from_json(json.dumps(known.header).encode(), address)
-                self._check_header(header, shard, address)
-
-    def _check_header(self, header: SidecarHeader, entry: ShardEntry, address: str) -> None:
-        """Raises CacheError."""
-        sides = (
-            ("is of another cache: its cache.json has sha256", header.cache, self.identity.sha256),
-            ("was made for the shard", header.shard, entry.name),
-            (f"was made for other data: {entry.name} had sha256", header.shard_sha256, entry.sha256),
-            ("has samples", header.num_samples, entry.num_samples),
-            ("has rounds", header.num_rounds, self.identity.num_rounds),
-        )
-        for what, found, expected in sides:
-            if found != expected:
-                raise CacheError(
-                    f"{address}: {what} {found}, expected {expected}; make a cache for this data with "
-                    "launch/cache_teacher.py, or point data.manifest and teacher.cache at those that belong together"
-                )
+                check_header(header, shard, self.identity, address)
 
     def sidecar_called(self, name: str) -> Sidecar:
         """The sidecar in the file ``name``, of whatever shard. Raises CacheError when it is missing or damaged."""
@@ -187,14 +161,7 @@ class CacheFolder:
             content = read_bytes(address)
         except MissingError:
             return None
-        try:
-            found = json.loads(content)
-            entries = [SidecarEntry(**entry) for entry in found["sidecars"]]
-            if found["cache"] != self.identity.sha256:
-                raise CacheError(f"{address}: belongs to another cache than the cache.json beside it; {REMEDY}")
-        except (ValueError, KeyError, TypeError) as problem:
-            raise CacheError(f"{address}: damaged ({problem!r}); {REMEDY}") from problem
-        return {entry.name: entry for entry in entries}
+        return parse_manifest(content, address, self.identity)
 
     def write_manifest(self, data: Manifest) -> None:
         """manifest.json, over the sidecars of all shards as they lie now."""
@@ -209,14 +176,8 @@ class CacheFolder:
             entries.append(
                 SidecarEntry(sidecar_name(shard.name), sidecar.num_bytes, sidecar.sha256(), asdict(sidecar.header))
             )
-        content = {
-            "format_version": FORMAT_VERSION,
-            "cache": self.identity.sha256,
-            "num_bytes": sum(entry.num_bytes for entry in entries),
-            "sidecars": [asdict(entry) for entry in entries],
-        }
         if entries != list(before.values()):
-            write_atomically(self.path / MANIFEST, (json.dumps(content, indent=1) + "\n").encode())
+            write_atomically(self.path / MANIFEST, manifest_content(entries, self.identity))
         shutil.rmtree(self.path / CLAIMS, ignore_errors=True)
         for left_over in files_below(self.path, ".partial"):  # of jobs that were killed: every sidecar is there
             if SUFFIX in left_over.name:
@@ -245,19 +206,8 @@ class CacheFolder:
 
     def facts(self) -> dict[str, str]:
         """For people: what the cache is, and what all its sidecars hold when it is complete."""
-        codec = {key: value for key, value in self.identity.codec.items() if key not in ("kind", "version")}
-        settings = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in codec.items())
-        facts = {"codec": f"{self.identity.codec['kind']}: {settings}", "of": self.identity.teacher_name}
-        headers = [entry.header for entry in (self.manifest() or {}).values()]
-        total = {name: sum(header[name] for header in headers) for name in ("num_positions", "num_pairs")}
-        if total["num_positions"]:
-            num_bytes, positions = self.num_bytes(), total["num_positions"]
-            facts["size"] = f"{num_bytes / 1e6:,.1f} MB, {num_bytes / positions:.1f} bytes a position"
-            facts["positions"] = f"{positions:,} in {len(headers):,} shards"
-        if total["num_pairs"]:
-            kept = sum(header["kept_mass"] for header in headers) / total["num_positions"]
-            facts["kept"] = f"{total['num_pairs'] / total['num_positions']:.1f} ids a position, {kept:.1%} of the mass"
-        return facts
+        entries = self.manifest() or {}
+        return facts_of(self.identity, entries, self.num_bytes() if entries else 0)
 
     def claims(self) -> list[str]:
         """A line for each shard that a job is at work on."""

@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from engine.cache.folder import CacheFolder
-from engine.cache.sidecar import Record, SidecarWriter, Sums
+from engine.cache.sidecar import Record, Sums
+from engine.cache.sidecar_writer import SidecarWriter
 from engine.data.atomic import files_below
 from engine.data.manifest import Manifest
 

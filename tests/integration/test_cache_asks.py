@@ -14,7 +14,8 @@ import torch
 from engine import Distiller
 from engine.cache.folder import CacheFolder
 from engine.cache.journal import Journal, fold
-from engine.cache.sidecar import SidecarWriter, Sums
+from engine.cache.sidecar import Sums
+from engine.cache.sidecar_writer import SidecarWriter
 from engine.data.shards import ShardSet
 from engine.errors import CacheError, ConfigError, DataError
 from engine.teacher.online import OnlineTeacher

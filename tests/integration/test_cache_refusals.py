@@ -200,7 +200,7 @@ def test_a_sidecar_of_another_cache(root: Path) -> None:
     for number in range(3):
         name = f"shard-{number:06d}.targets.tar"
         shutil.copy(cached(root, "top_k") / name, cached(root) / name)
-    fails(cached_run(root), CacheError, "is of another cache: its cache.json has sha256")
+    fails(cached_run(root), CacheError, "is of another cache: of the one with the hash")
 
 
 def test_missing_shards_are_named(root: Path) -> None:

@@ -21,7 +21,8 @@ from data_tools.sidecar_checks import check_sidecar
 from engine.cache.claims import Claims
 from engine.cache.folder import CacheFolder
 from engine.cache.kept import Kept
-from engine.cache.sidecar import HEAD_BYTES, Record, Sidecar, SidecarWriter, Sums
+from engine.cache.sidecar import HEAD_BYTES, Record, Sidecar, Sums
+from engine.cache.sidecar_writer import SidecarWriter
 from engine.config.load import parse_config
 from engine.data.manifest import Manifest
 from engine.data.shards import ShardSet
