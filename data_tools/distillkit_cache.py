@@ -15,7 +15,7 @@ from data_tools.distillkit_config import DistillKitConfig
 from data_tools.distillkit_encoding import Answer, Question, encode_in_order
 from data_tools.distillkit_identity import Teacher, cache_identity
 from data_tools.distillkit_rows import TARGETS, Piece, Row, pieces_of, place_of_sample, read_rows
-from engine.cache.folder import RANKS, CacheFolder, cache_address, ranks_of
+from engine.cache.folder import RANKS, CacheFolder, cache_address, ranks_of, unwritable
 from engine.cache.recording import hashes_and_lengths
 from engine.cache.sidecar import Record, Sums
 from engine.cache.sidecar_writer import SidecarWriter
@@ -23,7 +23,7 @@ from engine.config.cache import TopKSection
 from engine.data.manifest import ShardEntry
 from engine.data.record import encode_array
 from engine.data.shards import ShardSet
-from engine.errors import CacheError, DataError
+from engine.errors import DataError
 from engine.log import Progress
 from engine.schema import IGNORE
 from engine.tasks.causal_lm import CausalLM
@@ -99,10 +99,7 @@ class CacheImport:
             if done % _SHOW_EVERY:
                 progress.update(done)
         except OSError as problem:
-            raise CacheError(
-                f"{path}: cannot be written ({problem.strerror or problem}); nothing of this shard was kept. Free some "
-                "space, and run the same command again"
-            ) from problem
+            raise unwritable(path, problem) from problem
 
     def _questions(self, files: Sequence[Path], missing: Sequence[int]) -> Iterator[tuple[_Asked, Question]]:
         """Of the samples of the shards ``missing``, in order; one reading of the rows from the first of them on."""

@@ -15,11 +15,10 @@ from engine.cache.fitness import num_rounds, task_settings
 from engine.cache.identity import CacheIdentity
 from engine.config.cache import TopKSection
 from engine.config.run import ModelSection, TaskSection
+from engine.data.address import LocalFile, sha256_of
 from engine.data.manifest import Manifest
 from engine.log import Progress
 from engine.teacher.fingerprint import fingerprint_teacher
-
-_BLOCK_BYTES = 8 << 20
 
 
 class Teacher(NamedTuple):
@@ -36,11 +35,7 @@ def identify_teacher(model: str | None, source: Path, config: DistillKitConfig, 
     digest = hashlib.sha256(json.dumps(asdict(config), sort_keys=True).encode())
     with Progress(len(files), "files hashed") as progress:
         for number, path in enumerate(files, 1):
-            content = hashlib.sha256()
-            with path.open("rb") as stream:
-                while block := stream.read(_BLOCK_BYTES):
-                    content.update(block)
-            digest.update(content.digest())
+            digest.update(bytes.fromhex(sha256_of(LocalFile(str(path)))))
             progress.update(number)
     return Teacher(digest.hexdigest(), str(source))
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from engine.losses.fused import BLOCK_BYTES
+
 TILE_IDS = 128
-_BLOCK_BYTES = {"cpu": 1 << 20, "cuda": 1 << 40}
-"""Rows are worked on in blocks, so many a thread, that stay in a core's caches; a GPU takes them whole."""
 _RARE = 1e-30
 """A label of less probability says too little of the row's normaliser."""
 
@@ -37,7 +37,7 @@ class Exponentiator:
         self._num_ids = num_ids
         self._memory = torch.zeros(max_rows * num_ids + TILE_IDS, device=device)
         threads = torch.get_num_threads() if device.type == "cpu" else 1
-        self._block = min(max_rows, threads * max(1, _BLOCK_BYTES[device.type] // (4 * num_ids)))
+        self._block = min(max_rows, threads * max(1, BLOCK_BYTES[device.type] // (4 * num_ids)))
 
     def __call__(self, logits: Tensor, labels: Tensor) -> Distributions:
         """The distributions of ``logits`` [C, V] fp32; good until the next call. ``labels`` [C] are ids."""

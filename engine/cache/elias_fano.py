@@ -15,7 +15,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from engine.cache.bits import four_bytes_from_each
+from engine.cache.bits import four_bytes_from_each, pack
 
 _MOST_LOW_BITS = 25
 """Four bytes hold so many from any bit of the first on. A longer high part costs a bit for each 2^25 of the bound."""
@@ -34,9 +34,7 @@ def encode(values: np.ndarray, lengths: np.ndarray, bounds: np.ndarray) -> bytes
     unary = np.zeros(high_sizes.sum(), np.uint8)
     begins = np.repeat(_starts(high_sizes) - _starts(lengths), lengths)
     unary[(values >> shift) + np.arange(len(values)) + begins] = 1
-    place = np.arange(shift.sum()) - np.repeat(_starts(shift), shift)
-    low = (np.repeat(values, shift) >> place).astype(np.uint8) & 1
-    return b"".join(np.packbits(bits, bitorder="little").tobytes() for bits in (unary, low))
+    return np.packbits(unary, bitorder="little").tobytes() + pack(values, shift)
 
 
 def decode(codes: Sequence[bytes], lengths: np.ndarray, bounds: np.ndarray) -> np.ndarray:

@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from engine.data.address import BLOCK_BYTES, ByteSource
+from engine.data.address import ByteSource, sha256_of
 from engine.errors import CacheError, DataError
 
 BLOCK = 512
@@ -140,10 +140,7 @@ class Sidecar:
 
     def sha256(self) -> str:
         """Of the whole file as it lies now."""
-        digest = hashlib.sha256()
-        for start in range(0, self.num_bytes, BLOCK_BYTES):
-            digest.update(self._source.read(start, min(start + BLOCK_BYTES, self.num_bytes)))
-        return digest.hexdigest()
+        return sha256_of(self._source)
 
     def read(self, number: int) -> Record:
         """Record ``number`` = sample * num_rounds + round. Raises DataError when it is damaged."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import os
 import re
 import threading
@@ -70,6 +71,14 @@ def read_bytes(address: str) -> bytes:
         return Path(address).read_bytes()
     except OSError as problem:
         raise _unreadable(address, problem) from problem
+
+
+def sha256_of(source: ByteSource) -> str:
+    """Of the whole file as it lies now. Raises DataError when it cannot be read."""
+    digest = hashlib.sha256()
+    for start in range(0, source.num_bytes, BLOCK_BYTES):
+        digest.update(source.read(start, min(start + BLOCK_BYTES, source.num_bytes)))
+    return digest.hexdigest()
 
 
 class LocalFile:

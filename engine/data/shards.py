@@ -28,6 +28,7 @@ from engine.data.address import (
     beside,
     is_remote,
     read_bytes,
+    sha256_of,
 )
 from engine.data.atomic import move_into_place, write_atomically
 from engine.data.manifest import TOKEN_COUNTS, Manifest, ShardEntry
@@ -114,11 +115,7 @@ class ShardSet:
 
     def sha256(self, shard: int) -> str:
         """Hash of the whole shard as it lies now. Raises DataError when it cannot be read."""
-        source = self._source(self.address_of(self.manifest.shards[shard].name))
-        digest = hashlib.sha256()
-        for start in range(0, source.num_bytes, BLOCK_BYTES):
-            digest.update(source.read(start, min(start + BLOCK_BYTES, source.num_bytes)))
-        return digest.hexdigest()
+        return sha256_of(self._source(self.address_of(self.manifest.shards[shard].name)))
 
     def address_of(self, name: str) -> str:
         """Where a file named by the manifest lies. Raises DataError when the name is refused."""
