@@ -30,6 +30,7 @@ WAYS: dict[str, list[str]] = {
     WHOLE: ["teacher.kind=online", f"losses={FORWARD_KL}"],
     "sampled, 50 draws": ["cache.codec.kind=sampled"],
     "sampled, 45 draws": ["cache.codec.kind=sampled", "cache.codec.num_draws=45"],
+    "sampled, 42 draws": ["cache.codec.kind=sampled", "cache.codec.num_draws=42"],
     "sampled, 20 draws": ["cache.codec.kind=sampled", "cache.codec.num_draws=20"],
     "top_k 50, renormalised": ["cache.codec.kind=top_k", "cache.codec.k=50", "teacher.tail=renormalise"],
     "top_k 12, renormalised": ["cache.codec.kind=top_k", "cache.codec.k=12", "teacher.tail=renormalise"],
