@@ -1,7 +1,7 @@
 """Real rank processes for tests: started, watched, killed. Every exit code is looked at, every wait has an end.
 
-Ranks of launch/distill.py are forked off a server that has imported the libraries once, which takes each of them
-seconds; other scripts get an interpreter of their own.
+Launchers are forked off a server that has imported the libraries once, which takes each of them seconds; other programs
+get an interpreter of their own.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ class Job:
                 "MASTER_PORT": str(port),
                 "OMP_NUM_THREADS": "1",
             }
-            if words[0].endswith("distill.py"):
+            if Path(words[0]).parent == ROOT / "launch":
                 self.ranks.append(ForkedScript(words, environment, log))
                 continue
             with log.open("wb") as output:

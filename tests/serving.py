@@ -7,6 +7,9 @@ from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import pytest
+import s3fs
+
 
 class Server:
     """Serves a folder, with range requests unless told otherwise; ``failures`` answers of 503 come first."""
@@ -54,3 +57,10 @@ class Handler(BaseHTTPRequestHandler):
 
     def log_message(self, *_: object) -> None:
         pass
+
+
+def as_s3(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """s3:// leads to ``server``, which answers as an S3 store does to reads, at least of the fields s3fs looks at."""
+    for name, value in (("ENDPOINT_URL", server.address), ("ACCESS_KEY_ID", "x"), ("SECRET_ACCESS_KEY", "x")):
+        monkeypatch.setenv(f"AWS_{name}", value)
+    s3fs.S3FileSystem.clear_instance_cache()  # those of another test know another address

@@ -16,7 +16,7 @@ from engine.errors import CacheError, CheckpointError, ConfigError, DataError
 from tests import tiny
 from tests.caching import CODECS, cached_run, make_cache
 from tests.refusals import refused
-from tests.serving import Server
+from tests.serving import Server, as_s3
 from tests.sharding import flip_a_bit
 
 
@@ -302,8 +302,7 @@ def test_what_to_make_must_be_said(root: Path) -> None:
 def test_a_cache_on_a_web_server_and_on_s3(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("engine.data.address._RETRY_SECONDS", (0.01, 0.01))
     server, store = Server(root / "train"), Server(root)
-    for name, value in (("ENDPOINT_URL", store.address), ("ACCESS_KEY_ID", "x"), ("SECRET_ACCESS_KEY", "x")):
-        monkeypatch.setenv(f"AWS_{name}", value)
+    as_s3(store, monkeypatch)
     here = cached_run(root, run={"name": "here"})
     there = cached_run(root, run={"name": "there"}, data={"manifest": f"{server.address}/manifest.json"},
                        teacher={"cache": f"{server.address}/sampled"})  # fmt: skip

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -25,6 +24,7 @@ from engine.cost import (
 )
 from engine.memory import activation_bytes
 from engine.models import shell
+from engine.planning import Machine, Planner
 from tests import tiny
 from tests.launching import ROOT
 
@@ -195,16 +195,17 @@ def test_preflight_says_yes_no_and_what_would_help(run_yaml: Path) -> None:
 
 
 def test_a_cache_of_states_takes_the_room_of_its_head(run_yaml: Path) -> None:
-    words = ["--config", str(run_yaml), "--samples", "100000", "--sequence-tokens", "1024", "--device-memory", "80GB"]
-    cached = preflight(*words, "teacher.kind=cached", "teacher.cache=t", "cache.codec.kind=hidden")
-    assert re.search(r"teacher head and states, cached +25\.7 MB", cached.stdout), cached.stdout + cached.stderr
-    few_ids = preflight(*words, "teacher.kind=cached", "teacher.cache=t")
-    assert "teacher" not in few_ids.stdout[few_ids.stdout.index("Memory of") :]
-    online, of_states, of_few = (
-        re.search(r"vocabulary head and loss +([\d.]+ [MG]B)", shown)[1]  # type: ignore[index]
-        for shown in (preflight(*words).stdout, cached.stdout, few_ids.stdout)
-    )
-    assert of_few != of_states == online, (of_few, of_states, online)
+    def planned(*overrides: str) -> dict[str, int]:
+        machine = Machine("cuda", 1, 80 * 10**9, None, 0.4)
+        parts = Planner(str(run_yaml), overrides, machine, 100_000, 1024).plan().parts
+        return {part.name: part.num_bytes for part in parts}
+
+    online, few_ids = planned(), planned("teacher.kind=cached", "teacher.cache=t")
+    states = planned("teacher.kind=cached", "teacher.cache=t", "cache.codec.kind=hidden")
+    assert states["teacher head and states, cached"] == 50257 * 256 * 2
+    loss = "vocabulary head and loss"
+    assert few_ids[loss] < states[loss] == online[loss]
+    assert not any("teacher" in name for name in few_ids)
 
 
 def test_preflight_finds_what_the_run_would_refuse(run_yaml: Path) -> None:

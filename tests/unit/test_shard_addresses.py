@@ -11,7 +11,7 @@ from engine.data import address
 from engine.data.record import encode_array
 from engine.data.shards import ShardSet
 from engine.errors import DataError
-from tests.serving import Server
+from tests.serving import Server, as_s3
 from tests.sharding import VOCAB, rewritten, samples_of, write_set
 
 
@@ -107,9 +107,7 @@ def test_remote_equals_local_in_few_requests(server: Server, tmp_path: Path) -> 
 
 
 def test_s3_equals_local(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The server answers as an S3 store does to reads, at least of the fields that s3fs looks at."""
-    for name, value in (("ENDPOINT_URL", server.address), ("ACCESS_KEY_ID", "x"), ("SECRET_ACCESS_KEY", "x")):
-        monkeypatch.setenv(f"AWS_{name}", value)
+    as_s3(server, monkeypatch)
     remote = ShardSet.open("s3://shards/manifest.json")
     local = ShardSet.open(str(tmp_path / "shards" / "manifest.json"))
     for index in (59, 0, 31):
