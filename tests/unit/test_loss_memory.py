@@ -90,11 +90,7 @@ def alive(losses: list[LogitLoss], monkeypatch: pytest.MonkeyPatch, *, sparse: b
 def test_the_planner_counts_the_chunks_that_are_alive(
     terms: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    adapter: TypeAdapter[Any] = TypeAdapter(AnyTerm)
-    parsed = [adapter.validate_python(term) for term in terms]
-    said = logit_arrays(parsed, "cuda")
-    real = alive([as_loss(term) for term in parsed], monkeypatch)
-    assert real <= said <= real + 2
+    compare(terms, monkeypatch, sparse=False)
 
 
 @pytest.mark.parametrize(
@@ -109,10 +105,14 @@ def test_the_planner_counts_the_chunks_that_are_alive(
 def test_a_cache_of_few_ids_needs_no_chunk_of_the_teachers(
     terms: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    compare(terms, monkeypatch, sparse=True)
+
+
+def compare(terms: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch, *, sparse: bool) -> None:
     adapter: TypeAdapter[Any] = TypeAdapter(AnyTerm)
     parsed = [adapter.validate_python(term) for term in terms]
-    said = logit_arrays(parsed, "cuda", sparse=True)
-    real = alive([as_loss(term) for term in parsed], monkeypatch, sparse=True)
+    said = logit_arrays(parsed, "cuda", sparse=sparse)
+    real = alive([as_loss(term) for term in parsed], monkeypatch, sparse=sparse)
     assert real <= said <= real + 2
 
 
