@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 import torch
 
-from engine import checkpoint, zero
+from engine import checkpoint
 from engine.checkpoint import CheckpointStore, complete_checkpoints, newest, read_meta
 from engine.dist import Control, Ranks
 from engine.errors import CheckpointError
-from engine.zero import SnapshotWriter
+from engine.zero import SnapshotWriter, snapshot
 from tests.full_disk import fill, small_disk
 
 SaveEngine = Callable[[Path], list[Future[int]]]
@@ -262,13 +262,13 @@ def test_no_checkpoint_a_newer_format_and_a_damaged_meta_are_told(tmp_path: Path
 def test_training_on_does_not_change_what_is_being_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The writer is held up until the weights have moved: the file has them as they were."""
     may_write = threading.Event()
-    own = zero._write
+    own = snapshot._write
 
     def held(snapshot: Any, path: str, num_bytes: int) -> int:
         assert may_write.wait(10)
         return own(snapshot, path, num_bytes)
 
-    monkeypatch.setattr(zero, "_write", held)
+    monkeypatch.setattr(snapshot, "_write", held)
     whole = torch.arange(12.0)
     state = {"flat": whole, "view": whole[3:6], "twice": [whole, whole], "step": 3, "empty": torch.empty(0)}
     writer = SnapshotWriter()
@@ -286,7 +286,7 @@ def test_training_on_does_not_change_what_is_being_written(tmp_path: Path, monke
 
 
 def test_too_little_room_is_told_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(zero.shutil, "disk_usage", lambda path: SimpleNamespace(free=1_000_000))
+    monkeypatch.setattr(snapshot.shutil, "disk_usage", lambda path: SimpleNamespace(free=1_000_000))
     writer = SnapshotWriter()
     writer.save({"weights": torch.zeros(1_000_000)}, str(tmp_path / "file.pt"))
     (future,) = writer.pending
@@ -300,7 +300,7 @@ def test_a_disk_that_fills_up_while_writing_is_an_error_and_no_crash(
 ) -> None:
     """Somebody else took the room between the look and the write."""
     with small_disk(tmp_path / "disk", 4 << 20) as disk:
-        monkeypatch.setattr(zero.shutil, "disk_usage", lambda path: SimpleNamespace(free=1 << 40))
+        monkeypatch.setattr(snapshot.shutil, "disk_usage", lambda path: SimpleNamespace(free=1 << 40))
         fill(disk, leave_bytes=1 << 20)
         writer = SnapshotWriter()
         writer.save({"weights": torch.zeros(1_000_000)}, str(disk / "file.pt"))

@@ -32,7 +32,7 @@ ROW_OF = {unit: number for number, row in enumerate(ROWS.strip().splitlines()) f
 OUTSIDE = ("launch", "data_tools", "benchmarks", "tests")
 EVERYWHERE = ("tests", "benchmarks")
 OWNERS = {
-    "deepspeed": ("engine/zero.py", *EVERYWHERE),
+    "deepspeed": ("engine/zero", *EVERYWHERE),
     "wandb": ("engine/tracking", *EVERYWHERE),
     "tensorboard": ("engine/tracking", *EVERYWHERE),
     "webdataset": ("engine/data/shards.py", *EVERYWHERE),

@@ -1,0 +1,60 @@
+"""The process group, and the ops that ranks of one CPU host share memory with."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from contextlib import redirect_stdout
+from datetime import timedelta
+from pathlib import Path
+
+import deepspeed
+import torch
+from deepspeed.accelerator import get_accelerator
+
+
+def init_distributed(timeout_seconds: float) -> torch.device:
+    """Join the process group (NCCL on GPUs, gloo on CPUs) and give this rank's device."""
+    on_gpu = torch.cuda.is_available()
+    build_ops()
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):  # every rank would say that the op is built
+        deepspeed.init_distributed(
+            dist_backend="nccl" if on_gpu else "gloo",
+            auto_mpi_discovery=False,
+            verbose=False,
+            timeout=timedelta(seconds=timeout_seconds),
+        )
+    if not on_gpu:
+        _forget_shared_buffers()
+        return torch.device("cpu")
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+    torch.cuda.set_device(device)
+    return device
+
+
+def _forget_shared_buffers() -> None:
+    """Take away the names of DeepSpeed's all-reduce buffers, 66 MiB a rank, which it leaves in /dev/shm for good.
+
+    A later run on the same port would also begin with what they last held. Once every rank has them mapped, the
+    memory lives as long as the ranks do.
+    """
+    torch.distributed.barrier()
+    name = "_".join([str(os.getuid()), os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"], os.environ["RANK"]])
+    Path("/dev/shm", f"deepspeed_allreduce_buffer_{name}").unlink(missing_ok=True)
+
+
+def build_ops() -> None:
+    """Compile what the ranks of one CPU host share memory with: a minute the first time, nothing later.
+
+    torch guards a build with a file that a killed rank leaves behind, for others to wait on for ever. Our lock ends
+    with its holder, so whoever has it may remove that file.
+    """
+    if get_accelerator().device_name() != "cpu":
+        return
+    builder = get_accelerator().create_op_builder("ShareMemCommBuilder")
+    folder = Path(os.environ["TORCH_EXTENSIONS_DIR"])
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "stillhouse.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        (folder / builder.name / "lock").unlink(missing_ok=True)
+        builder.load(verbose=False)

@@ -1,0 +1,101 @@
+"""The student's state on its way to disk and back: copied at once, written from a thread."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+from typing import Any
+
+import torch
+from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointEngine
+from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+from torch import Tensor
+
+from engine.errors import CheckpointError
+
+TAG = "zero"
+"""DeepSpeed's name for its folder in a checkpoint."""
+
+
+class SnapshotWriter(CheckpointEngine):
+    """Copies state to host memory at once and writes it from a thread, so that a save costs a memory copy."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.name = "SnapshotWriter"
+        self.pending: list[Future[int]] = []
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint-writer")
+
+    def create(self, info: Any) -> None:
+        pass
+
+    def commit(self, info: Any) -> bool:
+        return True
+
+    def save(self, state_dict: Any, path: str) -> None:
+        snapshot = _to_host(state_dict, {})
+        num_bytes = _tensor_bytes(snapshot)
+        free = shutil.disk_usage(Path(path).parent).free
+        if num_bytes > free:  # told through the future: raising here would leave the other ranks in a barrier
+            refused: Future[int] = Future()
+            refused.set_exception(
+                CheckpointError(
+                    f"{path}: needs {num_bytes / 1e6:,.1f} MB, the disk has {free / 1e6:,.1f} MB free; "
+                    "free some space and run the same command again: it resumes from the last complete checkpoint"
+                )
+            )
+            self.pending.append(refused)
+            return
+        self.pending.append(self._thread.submit(_write, snapshot, path, num_bytes))
+
+    def load(self, path: str, map_location: Any = None) -> Any:
+        return torch.load(path, map_location=map_location, weights_only=False)  # DeepSpeed's own classes
+
+
+def _write(snapshot: Any, path: str, num_bytes: int) -> int:
+    try:
+        with open(path, "wb") as file:
+            torch.save(snapshot, file)
+            file.flush()
+            os.fsync(file.fileno())
+    except (OSError, RuntimeError) as problem:  # torch reports a full disk as a RuntimeError
+        raise CheckpointError(
+            f"{path}: could not be written ({problem}); it needs {num_bytes / 1e6:,.1f} MB"
+        ) from problem
+    return Path(path).stat().st_size
+
+
+def _to_host(item: Any, copies: dict[tuple[Any, ...], Tensor]) -> Any:
+    """A deep copy with every tensor in host memory; one that occurs twice is copied once."""
+    if isinstance(item, Tensor):
+        name = (item.device, item.data_ptr(), item.storage_offset(), tuple(item.shape), item.stride(), item.dtype)
+        if name not in copies or item.numel() == 0:
+            copies[name] = item.detach().to("cpu", copy=True)
+        return copies[name]
+    if isinstance(item, dict):
+        return type(item)((key, _to_host(value, copies)) for key, value in item.items())
+    if type(item) in (list, tuple, set):
+        return type(item)(_to_host(value, copies) for value in item)
+    return item
+
+
+def _tensor_bytes(item: Any) -> int:
+    if isinstance(item, Tensor):
+        return item.numel() * item.element_size()
+    if isinstance(item, dict):
+        return sum(_tensor_bytes(value) for value in item.values())
+    return sum(_tensor_bytes(value) for value in item) if isinstance(item, (list, tuple, set)) else 0
+
+
+def consolidate(checkpoint: Path) -> dict[str, Tensor]:
+    """The fp32 weights of a checkpoint of any ZeRO stage and world size, by name, on the CPU."""
+    folder = checkpoint / TAG
+    if not any(folder.glob("*_optim_states.pt")):  # stage 0 keeps whole weights, and DeepSpeed's tool knows it not
+        whole = torch.load(folder / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=False)["module"]
+        return {name: tensor.float() for name, tensor in whole.items()}
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+        state = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint), tag=TAG)
+    return {name: tensor for name, tensor in state.items() if isinstance(tensor, Tensor)}

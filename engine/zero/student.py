@@ -1,0 +1,123 @@
+"""The student's DeepSpeed engine."""
+
+from __future__ import annotations
+
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+from torch import Tensor, nn
+
+from engine.config.run import OptimizerSection
+from engine.errors import CheckpointError, TrainingError
+from engine.schema import Head
+from engine.zero.snapshot import TAG, SnapshotWriter
+
+
+class StudentEngine:
+    """DeepSpeed around the student and its objective, in the units of this project.
+
+    DeepSpeed averages gradients over ranks and accumulation; the objective is already divided by the step's global
+    number of targets, so both averages are undone here.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        config: dict[str, Any],
+        optimizer: OptimizerSection,
+        head_loss: nn.Module,
+        head: Head,
+    ) -> None:
+        """``head_loss`` uses the weights of ``head``, which belong to another module: ZeRO-3 must gather them there."""
+        groups = _parameter_groups(module, optimizer.weight_decay)
+        own = None
+        if "optimizer" not in config:
+            own = torch.optim.AdamW(
+                groups, lr=optimizer.learning_rate, betas=optimizer.betas, eps=optimizer.eps, fused=True
+            )
+        buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
+        self._engine, self._optimizer, _, _ = deepspeed.initialize(
+            model=module, model_parameters=None if own else groups, optimizer=own, config=config
+        )
+        for name, buffer in module.named_buffers():  # DeepSpeed rounds rotary frequencies to the training precision
+            buffer.data = buffers[name].to(buffer.device)
+        self._engine.checkpoint_engine = self._writer = SnapshotWriter()
+        # its scripts for every checkpoint: on a full disk copying them fails on rank 0 alone, and the others wait
+        self._engine._copy_recovery_script = lambda folder: None
+        self.zero_stage: int = self._engine.zero_optimization_stage()
+        self._world_size = self._engine.world_size
+        if self.zero_stage == 3:
+            for parameter in [tensor for tensor in (head.weight, head.bias) if tensor is not None]:
+                deepspeed.zero.register_external_parameter(head_loss, parameter)
+
+    def __call__(self, *inputs: Any) -> tuple[Tensor, Tensor]:
+        return self._engine(*inputs)
+
+    def backward(self, loss: Tensor) -> None:
+        self._engine.backward(loss * self._world_size, scale_wrt_gas=False)
+
+    def step(self, learning_rate: float) -> None:
+        """Once a micro-batch; the weights move after the last of a step.
+
+        Raises TrainingError when fp16 overflows even at the smallest loss scale.
+        """
+        for group in self._optimizer.param_groups:
+            group["lr"] = learning_rate
+        try:
+            self._engine.step()
+        except Exception as problem:
+            if "loss scale already at minimum" not in str(problem):
+                raise
+            raise TrainingError(
+                "fp16: the gradients overflow even at the smallest loss scale; use precision bf16 or fp32, a lower "
+                "learning rate, or look for damaged data"
+            ) from problem
+
+    def train(self, mode: bool = True) -> None:
+        self._engine.train(mode)
+
+    @property
+    def grad_norm(self) -> float:
+        """Of the last step, before clipping. Reading it waits for the device."""
+        norm = self._engine.get_global_grad_norm()
+        return float(norm) if norm is not None else float("nan")
+
+    @property
+    def loss_scale(self) -> float:
+        return float(getattr(self._optimizer, "cur_scale", getattr(self._optimizer, "loss_scale", 1.0)) or 1.0)
+
+    @property
+    def num_skipped_steps(self) -> int:
+        return int(self._engine.skipped_steps)
+
+    def save(self, folder: Path) -> list[Future[int]]:
+        """Take a copy of all state in host memory and write it to ``folder`` in the background.
+
+        Returns a future a file, giving its bytes, or raising CheckpointError when the disk has too little room;
+        training may go on at once. Collective.
+        """
+        self._writer.pending = []
+        self._engine.save_checkpoint(str(folder), tag=TAG, save_latest=False)
+        return self._writer.pending
+
+    def load(self, folder: Path) -> None:
+        """Collective. Raises CheckpointError when the files do not fit this model and this ZeRO stage."""
+        try:
+            loaded, _ = self._engine.load_checkpoint(str(folder), tag=TAG)
+        except (RuntimeError, KeyError, AssertionError, OSError, EOFError, ValueError) as problem:
+            raise CheckpointError(f"{folder}: cannot be loaded into this model: {problem}") from problem
+        if loaded is None:
+            raise CheckpointError(f"{folder}: holds no DeepSpeed checkpoint")
+
+
+def _parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Matrices and embeddings are decayed, norms and biases are not."""
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
