@@ -39,6 +39,7 @@ FREE_TO_CHANGE = (
     "evaluation",
     "checkpoint",
     "tracking",
+    "cluster",
     "zero",
 )
 """Settings that a resumed run may change. The data and a cache are told by their hashes, not by their places."""

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from engine.config.cache import CacheSection
+from engine.config.cluster import ClusterSection
 from engine.config.section import Beta, Count, Fraction, NonNegative, Section
 from engine.config.terms import AnyTerm
 
@@ -252,5 +253,6 @@ class RunConfig(Section):
     evaluation: EvaluationSection = EvaluationSection()
     checkpoint: CheckpointSection = CheckpointSection()
     tracking: TrackingSection = TrackingSection()
+    cluster: ClusterSection = ClusterSection()
     zero: str | dict[str, Any] = Field(default={"zero_optimization": {"stage": 2}})
     """The DeepSpeed JSON: a path, or its content. Numbers that the run owns are "auto" there."""
