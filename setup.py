@@ -23,6 +23,7 @@ setup(
         "numpy>=1.26",
         "tokenizers>=0.21",
         "zstandard>=0.22",
+        "psutil>=5.9",
         "tqdm>=4.66",
         "matplotlib>=3.8",
         "jinja2>=3.1",

@@ -6,38 +6,17 @@ Agreement travels over a gloo group on the CPU, so that asking every step never 
 from __future__ import annotations
 
 import atexit
-import os
 import signal
-import socket
 from collections.abc import Sequence
-from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from engine.rendezvous import Ranks, read_ranks
 
-@dataclass(frozen=True)
-class Ranks:
-    rank: int
-    world_size: int
-    local_rank: int
-
-
-def read_ranks() -> Ranks:
-    """From the launcher's variables; one rank alone when there are none.
-
-    A lone rank gets a rendezvous of its own, so that ``python launch/distill.py`` needs no launcher.
-    """
-    if "RANK" not in os.environ:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    environment = os.environ
-    rank = int(environment["RANK"])
-    return Ranks(rank, int(environment["WORLD_SIZE"]), int(environment.get("LOCAL_RANK", rank)))
+__all__ = ["Control", "Ranks", "StopSignal", "leave_group", "read_ranks"]
 
 
 def leave_group(ranks: Ranks) -> None:

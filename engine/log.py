@@ -19,6 +19,7 @@ from typing import NoReturn
 from tqdm import tqdm
 
 from engine.errors import CheckpointError, StillhouseError
+from engine.rendezvous import launched_rank
 
 logger = logging.getLogger("stillhouse")
 
@@ -104,7 +105,7 @@ def run_main(main: Callable[[], int | None]) -> NoReturn:
     launcher sees the exit code and ends the others.
     """
     if not logger.handlers:
-        setup(_rank())
+        setup(launched_rank())
     try:
         code = main() or 0
     except StillhouseError as error:
@@ -112,7 +113,7 @@ def run_main(main: Callable[[], int | None]) -> NoReturn:
         logger.error("%s", "\n".join([str(error), *getattr(error, "__notes__", ())]))
         code = 2
     except KeyboardInterrupt:
-        if _rank() == 0:
+        if launched_rank() == 0:
             logger.info("interrupted")
         code = 130
     except Exception as error:
@@ -122,13 +123,9 @@ def run_main(main: Callable[[], int | None]) -> NoReturn:
     _leave(code)
 
 
-def _rank() -> int:
-    return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
-
-
 def _hold_back() -> None:
     """Let rank 0 report first. If it failed too, the launcher ends this rank meanwhile and the user reads it once."""
-    if _rank() != 0:
+    if launched_rank() != 0:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(LEAD_SECONDS)
 

@@ -14,8 +14,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 ROWS = """
-errors schema state dist schedule
-log config
+errors schema state schedule
+rendezvous
+dist log config
 data losses tracking models meter cost
 cache
 tasks teacher student memory
