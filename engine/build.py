@@ -28,10 +28,13 @@ from engine.teacher.online import OnlineTeacher
 from engine.teacher.source import NoTeacher, TargetSource
 from engine.tracking import Tracker
 from engine.trainer import Trainer
+from engine.watch import Watch
 from engine.zero import StudentEngine
 
 
-def build_trainer(parts: Parts, place: Place, resume: str, stop: StopSignal, show: Callable[..., None]) -> Trainer:
+def build_trainer(
+    parts: Parts, place: Place, resume: str, stop: StopSignal, watch: Watch, show: Callable[..., None]
+) -> Trainer:
     """The trainer, resumed from a checkpoint where there is one. Collective."""
     run, config = parts.run, parts.run.config
     folder = Path(config.run.output) / config.run.name
@@ -91,6 +94,7 @@ def build_trainer(parts: Parts, place: Place, resume: str, stop: StopSignal, sho
         tracker=tracker,
         control=place.control,
         stop=stop,
+        watch=watch,
         records=records,
         show_progress=show,
         checkpoint_meta=meta,

@@ -1,6 +1,7 @@
-"""Ranks, what they agree on, and the signals that ask a run to stop.
+"""What ranks agree on, and the signals that ask a run to stop.
 
-Agreement travels over a gloo group on the CPU, so that asking every step never makes a GPU wait.
+Agreement travels over a gloo group on the CPU, so that asking every step never makes a GPU wait. It waits for as long
+as the others live, since one rank may have long work to do alone; ``engine/watch`` tells whether they do.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import atexit
 import signal
 from collections.abc import Sequence
+from datetime import timedelta
 from types import FrameType
 from typing import Any
 
@@ -17,6 +19,8 @@ import torch.distributed as dist
 from engine.rendezvous import Ranks, read_ranks
 
 __all__ = ["Control", "Ranks", "StopSignal", "leave_group", "read_ranks"]
+
+PATIENCE = timedelta(days=2)
 
 
 def leave_group(ranks: Ranks) -> None:
@@ -39,7 +43,7 @@ class Control:
 
     def __init__(self, ranks: Ranks) -> None:
         self.ranks = ranks
-        self._group = dist.new_group(backend="gloo") if ranks.world_size > 1 else None
+        self._group = dist.new_group(backend="gloo", timeout=PATIENCE) if ranks.world_size > 1 else None
 
     @property
     def is_main(self) -> bool:

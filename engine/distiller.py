@@ -14,13 +14,13 @@ from engine.dist import Control, StopSignal, leave_group, read_ranks
 from engine.errors import StillhouseError
 from engine.finish import finish_run
 from engine.log import Progress, setup
+from engine.meeting import meet
 from engine.parts import Parts, Place, build_parts
 from engine.tracking import Status
+from engine.watch import Watch
 from engine.zero import init_distributed
 
 log = logging.getLogger("stillhouse")
-
-COLLECTIVE_TIMEOUT_SECONDS = 1800.0
 
 
 class Distiller:
@@ -43,21 +43,29 @@ class Distiller:
     def fit(self) -> bool:
         """Train to the end, or to a signal. Returns whether the end was reached; the report is written either way."""
         ranks = read_ranks()
-        device = init_distributed(COLLECTIVE_TIMEOUT_SECONDS)
-        place = Place(ranks, Control(ranks), device)
         setup(ranks.rank)
-        with StopSignal() as stop:
+        meeting = meet(ranks)
+        timeout_seconds = self.config.cluster.timeout_seconds
+        with StopSignal() as stop, Watch(meeting, timeout_seconds, self._alone_seconds()) as watch:
+            device = init_distributed(meeting, timeout_seconds)
+            place = Place(ranks, Control(ranks), device)
             parts = build_parts(self.config, place)
-            finished = self._train(parts, place, stop)
+            finished = self._train(parts, place, stop, watch)
+            place.control.barrier()
+            watch.close()
             leave_group(ranks)
             if ranks.rank == 0:  # nobody waits for what one rank can do alone
                 finish_run(parts, self.folder, device, finished)
         return finished
 
-    def _train(self, parts: Parts, place: Place, stop: StopSignal) -> bool:
+    def _alone_seconds(self) -> dict[str, float]:
+        """How long a rank may be at what it does without the others."""
+        return {"data": self.config.cluster.timeout_seconds}
+
+    def _train(self, parts: Parts, place: Place, stop: StopSignal, watch: Watch) -> bool:
         is_main = place.ranks.rank == 0
         with Progress(parts.run.num_steps, self.config.run.name, enabled=is_main) as progress:
-            trainer = build_trainer(parts, place, self.resume, stop, progress.update)
+            trainer = build_trainer(parts, place, self.resume, stop, watch, progress.update)
             setup(place.ranks.rank, self.folder / "log.txt" if is_main else None)
             for part, origin in parts.student.origins:
                 log.debug("student %s <- %s", part, origin)

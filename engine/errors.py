@@ -5,9 +5,14 @@ Our own invariants use ``assert``. A launcher prints one of these without a trac
 
 from __future__ import annotations
 
+EXIT_YOURS, EXIT_LOST_RANK, EXIT_REPLACED = 2, 3, 4
+"""Exit codes: an error to mend before trying again; a cluster's fault, to be tried again; a later launch goes on."""
+
 
 class StillhouseError(Exception):
     """Base of every error that the user can act on."""
+
+    exit_code = EXIT_YOURS
 
 
 class ConfigError(StillhouseError):
@@ -32,3 +37,17 @@ class CheckpointError(StillhouseError):
 
 class TrainingError(StillhouseError):
     """Training itself went wrong: a loss that is not finite, a rank that disagrees."""
+
+
+class LostRankError(StillhouseError):
+    """Another rank or its host is gone, hangs or never came. The same command again resumes the run."""
+
+    def __init__(self, text: str, exit_code: int = EXIT_LOST_RANK) -> None:
+        super().__init__(text)
+        self.exit_code = exit_code
+
+
+class ReplacedError(StillhouseError):
+    """A later launch has taken over this run's folder."""
+
+    exit_code = EXIT_REPLACED

@@ -98,8 +98,9 @@ def _quiet_libraries() -> None:
 
 
 def run_main(main: Callable[[], int | None]) -> NoReturn:
-    """Run a program and exit: 0 or what ``main`` returns; 2 and one message for an error that the user can act on;
-    130 when interrupted; 1 and a traceback for a fault of ours.
+    """Run a program and exit: 0 or what ``main`` returns; for an error that the user can act on one message and 2, or 3
+    for a lost rank, or 4 for a launch that another has replaced; 130 when interrupted; 1 and a traceback for a fault of
+    ours.
 
     A rank that fails leaves at once, without the collective calls that would wait for ranks in another place: its
     launcher sees the exit code and ends the others.
@@ -111,7 +112,7 @@ def run_main(main: Callable[[], int | None]) -> NoReturn:
     except StillhouseError as error:
         _hold_back()
         logger.error("%s", "\n".join([str(error), *getattr(error, "__notes__", ())]))
-        code = 2
+        code = error.exit_code
     except KeyboardInterrupt:
         if launched_rank() == 0:
             logger.info("interrupted")

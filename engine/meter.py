@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -42,15 +42,20 @@ class Meter:
 
 
 class PhaseTimer:
-    """Seconds this rank spent in each phase. On a GPU the device's own clock is read, when the record is made."""
+    """Seconds this rank spent in each phase. On a GPU the device's own clock is read, when the record is made.
 
-    def __init__(self, device: torch.device) -> None:
+    ``note`` is told each phase as it begins.
+    """
+
+    def __init__(self, device: torch.device, note: Callable[[str], None] = lambda name: None) -> None:
         self._cuda = device.type == "cuda"
+        self._note = note
         self._seconds: dict[str, float] = defaultdict(float)
         self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
 
     @contextmanager
     def phase(self, name: str, *, on_device: bool = True) -> Iterator[None]:
+        self._note(name)
         if self._cuda and on_device:
             begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             begin.record()

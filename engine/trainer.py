@@ -24,9 +24,12 @@ from engine.schema import StepBatches
 from engine.state import TrainState, rng_state
 from engine.teacher.source import TargetSource
 from engine.tracking import Tracker
+from engine.watch import Watch
 from engine.zero import StudentEngine
 
 log = logging.getLogger("stillhouse")
+
+MAX_SLOW_NAMED = 8
 
 
 class Steps(Protocol):
@@ -50,6 +53,7 @@ class Trainer:
     tracker: Tracker
     control: Control
     stop: StopSignal
+    watch: Watch
     records: RecordMaker
     show_progress: Callable[[int, dict[str, str]], None]
     checkpoint_meta: dict[str, Any]
@@ -58,8 +62,9 @@ class Trainer:
 
     def __post_init__(self) -> None:
         self.meter = Meter(len(self.objective.metric_names), self.device)
-        self.timer = PhaseTimer(self.device)
+        self.timer = PhaseTimer(self.device, self.watch.doing)
         self.local_bad = 0
+        self.slow_before: set[str] = set()
         self.skipped_before = self.engine.num_skipped_steps
         self.session_start = time.perf_counter() - self.state.elapsed_seconds
 
@@ -71,6 +76,7 @@ class Trainer:
         """
         config, last = self.run.config, self.run.num_steps
         self.records.begin(self.state)
+        self.watch.now.step = self.state.step
         with closing(self.loader.steps(self.state.step)) as batches:
             while self.state.step < last:
                 fetched = self._fetch(batches)
@@ -78,7 +84,7 @@ class Trainer:
                 assert isinstance(fetched, StepBatches)
                 self._step(fetched, context)
                 self.state.step += 1
-                step = self.state.step
+                step = self.watch.now.step = self.state.step
                 if context.with_metrics:
                     self._record(fetched.epoch)
                 if self.evaluator and config.evaluation.every_steps and step % config.evaluation.every_steps == 0:
@@ -103,6 +109,7 @@ class Trainer:
 
     def _agree(self, fetched: StepBatches | StillhouseError) -> tuple[StepContext, str | None]:
         """One small all-reduce a step: the targets of the whole step, and whether any rank failed or wants to stop."""
+        self.watch.doing("agreement")
         failed = isinstance(fetched, StillhouseError)
         batches = () if isinstance(fetched, StillhouseError) else fetched.micro_batches
         not_finite = self.meter.not_finite() if self._checks_now() else []
@@ -159,7 +166,8 @@ class Trainer:
             with self.timer.phase("teacher"):
                 targets = self.source.targets_for(batch, self.objective.rows(batch))
             with self.timer.phase("student"):
-                loss, metrics = self.engine(batch, targets, context)
+                with self.timer.phase("forward"):
+                    loss, metrics = self.engine(batch, targets, context)
                 del targets
                 self.engine.backward(loss)
             self.meter.add(metrics, loss, batch.names)
@@ -186,13 +194,28 @@ class Trainer:
 
     def _record(self, epoch: float) -> None:
         self.state.elapsed_seconds = time.perf_counter() - self.session_start
-        record = self.records.make(self.state, self.meter.take(), self.timer.take(), self.engine, epoch)
+        seconds = self.timer.take()
+        record = self.records.make(self.state, self.meter.take(), seconds, self.engine, epoch)
         record["train/learning_rate"] = self._learning_rate()
+        record |= self._compare_ranks(seconds)
         self.tracker.record(self.state.step, record)
         self.show_progress(self.state.step, self.records.headline(record))
 
+    def _compare_ranks(self, seconds: dict[str, float]) -> dict[str, float]:
+        """A slow host shows in what its ranks do without waiting for others. They tell it with their signs of life,
+        so comparing costs the training nothing."""
+        own = sum(seconds.get(phase, 0.0) for phase in ("data", "teacher", "forward"))
+        self.watch.now.own_seconds = own / self.run.config.tracking.every_steps
+        middle, slow = self.watch.slow_ranks()
+        if slow and slow.keys() != self.slow_before:
+            told = ", ".join(f"{name} {seconds:.3f} s" for name, seconds in list(slow.items())[:MAX_SLOW_NAMED])
+            log.warning("slow, in seconds of a step's own work: %s; the median of all ranks is %.3f s", told, middle)
+        self.slow_before = set(slow)
+        return {"ranks/median_own_seconds": middle, "ranks/num_slow": float(len(slow))} if middle else {}
+
     def _evaluate(self) -> None:
         assert self.evaluator is not None
+        self.watch.doing("evaluation")
         self.engine.train(False)
         result = self.evaluator.score(self.engine, self.source)
         self.engine.train(True)
@@ -204,6 +227,7 @@ class Trainer:
             )
 
     def _save(self) -> None:
+        self.watch.doing("checkpoint")
         bad = self.meter.not_finite()
         if sum(self.control.sum([len(bad)])):
             self._not_finite("loss", bad)

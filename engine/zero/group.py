@@ -11,24 +11,35 @@ from pathlib import Path
 import deepspeed
 import torch
 from deepspeed.accelerator import get_accelerator
+from torch.distributed import PrefixStore
+
+from engine.meeting import Meeting
 
 
-def init_distributed(timeout_seconds: float) -> torch.device:
-    """Join the process group (NCCL on GPUs, gloo on CPUs) and give this rank's device."""
-    on_gpu = torch.cuda.is_available()
+def init_distributed(meeting: Meeting, timeout_seconds: float) -> torch.device:
+    """Join the process group (NCCL on GPUs, gloo on CPUs) and give this rank's device.
+
+    ``timeout_seconds`` limits an exchange of gradients or weights.
+    """
     build_ops()
+    ranks, timeout = meeting.ranks, timedelta(seconds=timeout_seconds)
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", ranks.local_rank % torch.cuda.device_count())
+        torch.cuda.set_device(device)
+    backend = "gloo" if device.type == "cpu" else "nccl"
+    torch.distributed.init_process_group(
+        backend,
+        store=PrefixStore("group", meeting.store),
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+        timeout=timeout,
+        device_id=device if device.type == "cuda" and ranks.world_size > 1 else None,
+    )
     with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):  # every rank would say that the op is built
-        deepspeed.init_distributed(
-            dist_backend="nccl" if on_gpu else "gloo",
-            auto_mpi_discovery=False,
-            verbose=False,
-            timeout=timedelta(seconds=timeout_seconds),
-        )
-    if not on_gpu:
+        deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False, timeout=timeout)
+    if device.type == "cpu":
         _forget_shared_buffers()
-        return torch.device("cpu")
-    device = torch.device("cuda", int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
-    torch.cuda.set_device(device)
     return device
 
 

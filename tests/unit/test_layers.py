@@ -16,7 +16,8 @@ ROOT = Path(__file__).resolve().parents[2]
 ROWS = """
 errors schema state schedule
 rendezvous
-dist log config
+meeting
+dist log config watch
 data losses tracking models meter cost
 cache
 tasks teacher student memory
