@@ -23,6 +23,9 @@ import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 FORKS = multiprocessing.get_context("forkserver")
+SET_ON_IMPORT = ("DS_ACCELERATOR", "TORCH_EXTENSIONS_DIR", "THP_MEM_ALLOC_ENABLE")
+"""What engine.zero sets when it is imported, which was before the fork. It also puts this interpreter's folder first on
+PATH: another ninja would compile DeepSpeed's op anew."""
 FORKS.set_forkserver_preload(["engine.distiller", "engine.capture", "tests.caching"])
 
 
@@ -64,8 +67,10 @@ def _run(words: list[str], environment: dict[str, str], log: Path) -> None:
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
     os.dup2(output, 1)
     os.dup2(output, 2)
+    imported = {name: os.environ[name] for name in SET_ON_IMPORT if name in os.environ}
     os.environ.clear()
-    os.environ.update(environment)
+    os.environ.update(imported | environment)
+    os.environ["PATH"] = os.pathsep.join([os.path.dirname(sys.executable), os.environ["PATH"]])
     os.chdir(ROOT)
     sys.argv = words
     try:
@@ -136,3 +141,15 @@ def distill(config: dict[str, Any], folder: Path, world_size: int = 1, words: tu
 def finish(job: Job) -> None:
     codes = job.wait()
     assert codes == [0] * len(codes), f"exit codes {codes}\n{job.output()}"
+
+
+def wait_for_step(folder: Path, step: int, job: Job) -> None:
+    """Until metrics.jsonl holds ``step``."""
+    deadline = time.monotonic() + 90
+    while time.monotonic() < deadline:
+        path = folder / "metrics.jsonl"
+        if path.exists() and f'"step": {step},' in path.read_text():
+            return
+        assert any(rank.poll() is None for rank in job.ranks), job.output()
+        time.sleep(0.005)
+    raise AssertionError(f"step {step} was not reached:\n{job.output()}")

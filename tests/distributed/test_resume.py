@@ -6,7 +6,6 @@ import functools
 import json
 import os
 import signal
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ import torch
 from engine.checkpoint import complete_checkpoints, newest
 from engine.zero import consolidate
 from tests import tiny
-from tests.launching import Job, distill, finish
+from tests.launching import distill, finish, wait_for_step
 
 STEPS = 40
 
@@ -68,18 +67,6 @@ def same(ours: Any, theirs: Any) -> None:
     assert [step for step, _ in ours[1]] == list(range(1, STEPS + 1))
     for name, tensor in theirs[0].items():
         assert torch.equal(ours[0][name], tensor), name
-
-
-def wait_for_step(folder: Path, step: int, job: Job) -> None:
-    """Until metrics.jsonl holds ``step``."""
-    deadline = time.monotonic() + 90
-    while time.monotonic() < deadline:
-        path = folder / "metrics.jsonl"
-        if path.exists() and f'"step": {step},' in path.read_text():
-            return
-        assert any(rank.poll() is None for rank in job.ranks), job.output()
-        time.sleep(0.005)
-    raise AssertionError(f"step {step} was not reached:\n{job.output()}")
 
 
 @pytest.mark.slow
