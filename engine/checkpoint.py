@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from engine.digests import WrittenFile, write_hashed
 from engine.dist import Control
 from engine.errors import CheckpointError
 
@@ -81,7 +82,7 @@ class CheckpointStore:
     def save(
         self,
         step: int,
-        save_engine: Callable[[Path], list[Future[int]]],
+        save_engine: Callable[[Path], list[Future[WrittenFile]]],
         rank_state: dict[str, Any],
         meta: dict[str, Any],
     ) -> None:
@@ -137,37 +138,39 @@ class CheckpointStore:
         self,
         temporary: Path,
         final: Path,
-        files: list[Future[int]],
+        files: list[Future[WrittenFile]],
         rank_state: dict[str, Any],
         meta: dict[str, Any],
     ) -> int:
         rank = self._control.ranks.rank
         mark = temporary / "state" / f"rank_{rank:05d}"
         try:
-            num_bytes = sum(file.result() for file in files)
-            torch.save(rank_state, mark.with_suffix(".pt"))
-            _sync(mark.with_suffix(".pt"))
-            _write_text(mark.with_suffix(".done"), str(num_bytes))
+            written = [file.result() for file in files]
+            num_bytes = sum(file.num_bytes for file in written)
+            written.append(write_hashed(mark.with_suffix(".pt"), lambda file: torch.save(rank_state, file)))
+            _write_text(mark.with_suffix(".done"), json.dumps(_part(written, num_bytes, temporary)))
         except Exception:
             mark.with_suffix(".failed").touch()  # takes no room: rank 0 must not wait for a rank with a full disk
             raise
         if self._control.is_main:
-            num_bytes = self._await_ranks(temporary / "state")
+            parts = self._await_ranks(temporary / "state")
+            num_bytes = sum(part["num_bytes"] for part in parts)
+            digests = {name: digest for part in parts for name, digest in part["sha256"].items()}
             for done in (temporary / "state").glob("*.done"):
                 done.unlink()
-            _write_text(temporary / META, json.dumps({**meta, "num_bytes": num_bytes}, indent=1))
+            _write_text(temporary / META, json.dumps({**meta, "num_bytes": num_bytes, "sha256": digests}, indent=1))
             os.rename(temporary, final)
             _sync(final.parent)
             _write_text(final / COMPLETE, "")
             self._prune()
         return num_bytes
 
-    def _await_ranks(self, marks: Path) -> int:
+    def _await_ranks(self, marks: Path) -> list[dict[str, Any]]:
         deadline = time.monotonic() + PATIENCE_SECONDS
         while True:
             done = list(marks.glob("rank_*.done"))
             if len(done) == self._control.ranks.world_size:
-                return sum(int(path.read_text()) for path in done)
+                return [json.loads(path.read_text()) for path in sorted(done)]
             if failed := sorted(path.stem for path in marks.glob("rank_*.failed")):
                 raise CheckpointError(
                     f"{marks.parent}: not completed, since {', '.join(failed)} could not write its part"
@@ -180,6 +183,22 @@ class CheckpointStore:
         for path in complete_checkpoints(self.folder)[: -self.keep]:
             (path / COMPLETE).unlink()  # first, so that a kill half-way leaves no checkpoint that only looks whole
             shutil.rmtree(path)
+        for path in complete_checkpoints(self.folder)[:-1]:
+            remove_converted(path)
+
+
+def remove_converted(checkpoint: Path) -> None:
+    """What a resume on another number of ranks left there, once a newer checkpoint takes its place."""
+    for path in checkpoint.glob("universal*"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _part(written: list[WrittenFile], num_bytes: int, checkpoint: Path) -> dict[str, Any]:
+    """What one rank tells rank 0 of its files."""
+    return {
+        "num_bytes": num_bytes,
+        "sha256": {file.path.relative_to(checkpoint).as_posix(): file.sha256 for file in written},
+    }
 
 
 def _write_text(path: Path, text: str) -> None:

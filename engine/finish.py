@@ -46,7 +46,7 @@ def finish_run(parts: Parts, folder: Path, device: torch.device, finished: bool)
 
 def load_student(folder: Path, checkpoint: Path, task: str) -> PreTrainedModel:
     """The student of a checkpoint in fp32, with the config that its run folder keeps."""
-    return student_from_state(consolidate(checkpoint), folder / "student", task)
+    return student_from_state(consolidate(checkpoint, read_meta(checkpoint).get("sha256")), folder / "student", task)
 
 
 def evaluate_run(

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
-from engine.checkpoint import CheckpointStore, newest, read_meta
+from engine.checkpoint import CheckpointStore, complete_checkpoints, newest, read_meta
+from engine.digests import Digests
 from engine.errors import CheckpointError, StillhouseError
 from engine.parts import Parts, Place
 from engine.runfolder import check_owner, set_aside, write_start
-from engine.state import TrainState, set_rng_state
-from engine.zero import StudentEngine
+from engine.state import TrainState, fresh_rng_state, set_rng_state
+from engine.zero import TAG, UNIVERSAL, StudentEngine, convert
 
 log = logging.getLogger("stillhouse")
 
@@ -60,14 +62,12 @@ def _prepare_folder(folder: Path, parts: Parts, resume: str) -> Path | None:
 def load_checkpoint(checkpoint: Path, engine: StudentEngine, parts: Parts, place: Place) -> tuple[TrainState, int]:
     """The state, and the number of damaged records that this rank has met. Collective.
 
-    Raises CheckpointError when the checkpoint is of other data, another world size or another ZeRO stage.
+    Under another number of ranks than wrote it, ZeRO's parts are converted first, and what was one rank's is made anew:
+    its generators from seed, rank and step; the damaged records count for rank 0.
+    Raises CheckpointError, on all ranks, when the checkpoint is of other data or another ZeRO stage, or has a file that
+    is not the one that was written.
     """
     meta = read_meta(checkpoint)
-    if meta["world_size"] != place.ranks.world_size:
-        raise CheckpointError(
-            f"{checkpoint} was written by {meta['world_size']} ranks and this run has {place.ranks.world_size}; "
-            f"start it with {meta['world_size']} ranks"
-        )
     if meta["data"] != parts.data_identity:
         raise CheckpointError(
             f"{checkpoint} was trained on other data ({meta['data']}) than this run has ({parts.data_identity})"
@@ -77,13 +77,76 @@ def load_checkpoint(checkpoint: Path, engine: StudentEngine, parts: Parts, place
             f"{checkpoint} was written under ZeRO stage {meta['zero_stage']}, this run uses {engine.zero_stage}; "
             "use the DeepSpeed JSON it was started with"
         )
-    engine.load(checkpoint)
-    try:
-        own = torch.load(checkpoint / "state" / f"rank_{place.ranks.rank:05d}.pt", weights_only=True)
-    except (OSError, RuntimeError, EOFError) as problem:
-        raise CheckpointError(f"{checkpoint}: this rank's state cannot be read ({problem})") from problem
-    set_rng_state(own["rng"])
+    digests = Digests(checkpoint, meta.get("sha256"))
+    if "sha256" not in meta:
+        log.warning("%s is of an older Stillhouse, without hashes: its files cannot be checked", checkpoint)
     state = TrainState.from_dict(meta["state"])
     state.num_resumes += 1
-    log.info("resuming %s after step %d", checkpoint, state.step)
-    return state, own["num_bad_samples"]
+    if meta["world_size"] == place.ranks.world_size:
+        num_bad = _load_same_ranks(checkpoint, engine, place, digests)
+        log.info("resuming %s after step %d", checkpoint, state.step)
+        return state, num_bad
+    _load_other_ranks(checkpoint, engine, place, digests)
+    set_rng_state(fresh_rng_state(parts.run.config.run.seed, place.ranks.rank, state.step))
+    log.info(
+        "resuming %s after step %d, on %d ranks after %d",
+        checkpoint,
+        state.step,
+        place.ranks.world_size,
+        meta["world_size"],
+    )
+    return state, state.num_bad_samples if place.control.is_main else 0
+
+
+def _load_same_ranks(checkpoint: Path, engine: StudentEngine, place: Place, digests: Digests) -> int:
+    own = checkpoint / "state" / f"rank_{place.ranks.rank:05d}.pt"
+    _check_together(checkpoint, place, lambda: digests.check_all([own, *engine.files(checkpoint)]))
+    engine.load(checkpoint, digests)
+    try:
+        state = torch.load(own, weights_only=True)
+    except (OSError, RuntimeError, EOFError) as problem:
+        raise CheckpointError(f"{checkpoint}: this rank's state cannot be read ({problem})") from problem
+    set_rng_state(state["rng"])
+    return state["num_bad_samples"]
+
+
+def _load_other_ranks(checkpoint: Path, engine: StudentEngine, place: Place, digests: Digests) -> None:
+    if engine.zero_stage == 0:  # every rank has all of the state, and reads the same file
+        _check_together(checkpoint, place, lambda: digests.check_all(engine.files(checkpoint)))
+        engine.load(checkpoint, digests)
+        return
+
+    def convert_alone() -> None:
+        if not (checkpoint / UNIVERSAL).is_dir():
+            log.info("%s: converting it for %d ranks, once", checkpoint, place.ranks.world_size)
+            digests.check_all(sorted((checkpoint / TAG).glob("*.pt")))
+            convert(checkpoint)
+
+    _main_works_alone(checkpoint, place, convert_alone)
+    engine.load_universal(checkpoint)
+
+
+def _main_works_alone(checkpoint: Path, place: Place, work: Callable[[], None]) -> None:
+    """Rank 0 does ``work`` while the others wait; its error is everyone's."""
+    problem = _problem_of(checkpoint, work) if place.control.is_main else None
+    problem = place.control.from_main(problem)
+    if problem is not None:
+        raise CheckpointError(problem)
+
+
+def _check_together(checkpoint: Path, place: Place, work: Callable[[], None]) -> None:
+    """Each rank does ``work``; an error of one is everyone's, before any goes into a collective call alone."""
+    problems = sorted({text for text in place.control.gather(_problem_of(checkpoint, work)) if text})
+    if problems:
+        raise CheckpointError("\n".join(problems[:8]))
+
+
+def _problem_of(checkpoint: Path, work: Callable[[], None]) -> str | None:
+    try:
+        work()
+    except Exception as problem:  # whatever it is, the other ranks are waiting
+        kind = "" if isinstance(problem, CheckpointError) else f"{checkpoint}: {type(problem).__name__}: "
+        older = [path for path in complete_checkpoints(checkpoint.parent) if path.name < checkpoint.name]
+        rest = f"the one before it is complete: --resume {older[-1]}" if older else "there is no older one"
+        return f"{kind}{problem}; {rest}"
+    return None

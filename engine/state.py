@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -51,6 +52,15 @@ def rng_state() -> dict[str, Any]:
     state: dict[str, Any] = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def fresh_rng_state(seed: int, rank: int, step: int) -> dict[str, Any]:
+    """For a rank that has none of its own, since the checkpoint is of another number of ranks."""
+    number = int.from_bytes(hashlib.sha256(f"{seed} {rank} {step}".encode()).digest()[:7], "big")
+    state: dict[str, Any] = {"cpu": torch.Generator().manual_seed(number).get_state()}
+    if torch.cuda.is_available():
+        state["cuda"] = torch.Generator(torch.device("cuda")).manual_seed(number).get_state()
     return state
 
 

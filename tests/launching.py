@@ -16,6 +16,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +83,9 @@ def _run(words: list[str], environment: dict[str, str], log: Path) -> None:
 class Job:
     """One process a rank, each running ``launch/distill.py`` or another script of the project."""
 
-    def __init__(self, words: list[str], world_size: int, folder: Path) -> None:
+    def __init__(
+        self, words: list[str], world_size: int, folder: Path, variables: Mapping[str, str] | None = None
+    ) -> None:
         self.logs = [folder / f"rank{rank}.log" for rank in range(world_size)]
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -96,8 +99,9 @@ class Job:
                 "MASTER_ADDR": "127.0.0.1",
                 "MASTER_PORT": str(port),
                 "OMP_NUM_THREADS": "1",
+                **(variables or {}),
             }
-            if Path(words[0]).parent == ROOT / "launch":
+            if Path(words[0]).parent in (ROOT / "launch", ROOT / "tests" / "distributed"):
                 self.ranks.append(ForkedScript(words, environment, log))
                 continue
             with log.open("wb") as output:

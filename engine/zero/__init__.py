@@ -2,7 +2,18 @@
 
 import engine.zero.environment  # noqa: F401  - before deepspeed is imported anywhere
 from engine.zero.group import build_ops, init_distributed
-from engine.zero.snapshot import SnapshotWriter, consolidate
+from engine.zero.loading import TAG, consolidate
+from engine.zero.snapshot import SnapshotWriter
 from engine.zero.student import StudentEngine
+from engine.zero.universal import UNIVERSAL, convert
 
-__all__ = ["SnapshotWriter", "StudentEngine", "build_ops", "consolidate", "init_distributed"]
+__all__ = [
+    "TAG",
+    "UNIVERSAL",
+    "SnapshotWriter",
+    "StudentEngine",
+    "build_ops",
+    "consolidate",
+    "convert",
+    "init_distributed",
+]

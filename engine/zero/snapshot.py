@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
 import torch
 from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointEngine
-from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 from torch import Tensor
 
+from engine.digests import Digests, WrittenFile, write_hashed
 from engine.errors import CheckpointError
-
-TAG = "zero"
-"""DeepSpeed's name for its folder in a checkpoint."""
+from engine.zero.loading import weights_only
 
 
 class SnapshotWriter(CheckpointEngine):
@@ -26,7 +22,9 @@ class SnapshotWriter(CheckpointEngine):
     def __init__(self) -> None:
         super().__init__()
         self.name = "SnapshotWriter"
-        self.pending: list[Future[int]] = []
+        self.pending: list[Future[WrittenFile]] = []
+        self.digests: Digests | None = None
+        """of the checkpoint that is being loaded"""
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint-writer")
 
     def create(self, info: Any) -> None:
@@ -40,7 +38,7 @@ class SnapshotWriter(CheckpointEngine):
         num_bytes = _tensor_bytes(snapshot)
         free = shutil.disk_usage(Path(path).parent).free
         if num_bytes > free:  # told through the future: raising here would leave the other ranks in a barrier
-            refused: Future[int] = Future()
+            refused: Future[WrittenFile] = Future()
             refused.set_exception(
                 CheckpointError(
                     f"{path}: needs {num_bytes / 1e6:,.1f} MB, the disk has {free / 1e6:,.1f} MB free; "
@@ -52,20 +50,19 @@ class SnapshotWriter(CheckpointEngine):
         self.pending.append(self._thread.submit(_write, snapshot, path, num_bytes))
 
     def load(self, path: str, map_location: Any = None) -> Any:
-        return torch.load(path, map_location=map_location, weights_only=False)  # DeepSpeed's own classes
+        if self.digests is not None:
+            self.digests.check(Path(path))
+        with weights_only():
+            return torch.load(path, map_location=map_location, weights_only=True)
 
 
-def _write(snapshot: Any, path: str, num_bytes: int) -> int:
+def _write(snapshot: Any, path: str, num_bytes: int) -> WrittenFile:
     try:
-        with open(path, "wb") as file:
-            torch.save(snapshot, file)
-            file.flush()
-            os.fsync(file.fileno())
+        return write_hashed(Path(path), lambda file: torch.save(snapshot, file))
     except (OSError, RuntimeError) as problem:  # torch reports a full disk as a RuntimeError
         raise CheckpointError(
             f"{path}: could not be written ({problem}); it needs {num_bytes / 1e6:,.1f} MB"
         ) from problem
-    return Path(path).stat().st_size
 
 
 def _to_host(item: Any, copies: dict[tuple[Any, ...], Tensor]) -> Any:
@@ -88,14 +85,3 @@ def _tensor_bytes(item: Any) -> int:
     if isinstance(item, dict):
         return sum(_tensor_bytes(value) for value in item.values())
     return sum(_tensor_bytes(value) for value in item) if isinstance(item, (list, tuple, set)) else 0
-
-
-def consolidate(checkpoint: Path) -> dict[str, Tensor]:
-    """The fp32 weights of a checkpoint of any ZeRO stage and world size, by name, on the CPU."""
-    folder = checkpoint / TAG
-    if not any(folder.glob("*_optim_states.pt")):  # stage 0 keeps whole weights, and DeepSpeed's tool knows it not
-        whole = torch.load(folder / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=False)["module"]
-        return {name: tensor.float() for name, tensor in whole.items()}
-    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
-        state = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint), tag=TAG)
-    return {name: tensor for name, tensor in state.items() if isinstance(tensor, Tensor)}

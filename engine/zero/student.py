@@ -11,9 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from engine.config.run import OptimizerSection
+from engine.digests import Digests, WrittenFile
 from engine.errors import CheckpointError, TrainingError
 from engine.schema import Head
-from engine.zero.snapshot import TAG, SnapshotWriter
+from engine.zero.loading import TAG, weights_only
+from engine.zero.snapshot import SnapshotWriter
+from engine.zero.universal import UNIVERSAL
 
 
 class StudentEngine:
@@ -93,20 +96,45 @@ class StudentEngine:
     def num_skipped_steps(self) -> int:
         return int(self._engine.skipped_steps)
 
-    def save(self, folder: Path) -> list[Future[int]]:
+    def save(self, folder: Path) -> list[Future[WrittenFile]]:
         """Take a copy of all state in host memory and write it to ``folder`` in the background.
 
-        Returns a future a file, giving its bytes, or raising CheckpointError when the disk has too little room;
+        Returns a future a file, raising CheckpointError when the disk has too little room;
         training may go on at once. Collective.
         """
         self._writer.pending = []
         self._engine.save_checkpoint(str(folder), tag=TAG, save_latest=False)
         return self._writer.pending
 
-    def load(self, folder: Path) -> None:
+    def files(self, folder: Path) -> list[Path]:
+        """What this rank reads of the checkpoint in ``folder``."""
+        own = f"*zero_pp_rank_{self._engine.global_rank}_mp_rank_*.pt"
+        return sorted(path for pattern in ("mp_rank_*.pt", own) for path in (folder / TAG).glob(pattern))
+
+    def load(self, folder: Path, digests: Digests) -> None:
         """Collective. Raises CheckpointError when the files do not fit this model and this ZeRO stage."""
+        self._writer.digests = digests
+        self._load(folder, TAG)
+
+    def load_universal(self, folder: Path) -> None:
+        """From what ``convert`` made, for any number of ranks. Collective. Raises CheckpointError as ``load`` does."""
+        self._writer.digests = None  # made by this job or one before it; nothing in it can run
+        weight_decays = [group["weight_decay"] for group in self._optimizer.param_groups]
+        self._engine._config.load_universal_checkpoint = True
         try:
-            loaded, _ = self._engine.load_checkpoint(str(folder), tag=TAG)
+            self._load(folder, UNIVERSAL)
+        finally:
+            self._engine._config.load_universal_checkpoint = False
+        for group, weight_decay in zip(self._optimizer.param_groups, weight_decays, strict=True):
+            group["weight_decay"] = weight_decay  # under stage 3 DeepSpeed gives all groups that of the first
+        for state in self._optimizer.optimizer.state.values():
+            if isinstance(step := state.get("step"), Tensor):  # one for all parameters, on the CPU, and counted up by each
+                state["step"] = step.clone().to(state["exp_avg"].device)
+
+    def _load(self, folder: Path, tag: str) -> None:
+        try:
+            with weights_only():
+                loaded, _ = self._engine.load_checkpoint(str(folder), tag=tag)
         except (RuntimeError, KeyError, AssertionError, OSError, EOFError, ValueError) as problem:
             raise CheckpointError(f"{folder}: cannot be loaded into this model: {problem}") from problem
         if loaded is None:

@@ -17,7 +17,7 @@ ROWS = """
 errors schema state schedule
 rendezvous
 meeting
-dist log config watch
+dist log config watch digests
 data losses tracking models meter cost
 cache
 tasks teacher student memory

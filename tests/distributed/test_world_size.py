@@ -1,0 +1,93 @@
+"""A run that goes on with another number of ranks trains on the same batches to the same losses."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from engine.checkpoint import newest
+from engine.zero import UNIVERSAL
+from tests import tiny
+from tests.launching import ROOT, Job, finish, write_config
+
+STEPS_AND_RANKS = ((4, 4), (8, 2), (12, 1), (16, 4))
+"""until which step, on how many ranks"""
+TOLERANCE = 1e-5
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("world_size")
+
+
+def settings(root: Path, name: str, stage: int, **sections: Any) -> dict[str, Any]:
+    """No dropout: its generators are a rank's own. The norms' weight decay differs from the matrices'."""
+    return tiny.run_config(
+        root,
+        run={"name": name, "num_steps": 16, "precision": "fp32"} | sections.pop("run", {}),
+        optimizer={"learning_rate": 0.003, "weight_decay": 0.3},
+        schedule={"kind": "constant"},
+        checkpoint={"every_steps": 4, "keep": 8},
+        zero={"zero_optimization": {"stage": stage}},
+        **sections,
+    )
+
+
+def start(
+    config: dict[str, Any], root: Path, world_size: int, until: int | None = None, words: tuple[str, ...] = ()
+) -> Job:
+    folder = root / config["run"]["name"]
+    folder.mkdir(parents=True, exist_ok=True)
+    observed = folder / "batches"
+    path = write_config(folder / "run.yaml", config)
+    last = () if until is None else (f"run.num_steps={until}",)
+    script = str(ROOT / "tests" / "distributed" / "observed_distill.py")
+    return Job(
+        [script, "--config", str(path), *words, *last], world_size, folder, {"OBSERVED_FOLDER": str(observed)}
+    )
+
+
+def losses(root: Path, name: str) -> dict[int, float]:
+    lines = (root / "runs" / name / "metrics.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+    return {record["step"]: record["loss/objective"] for record in records if "loss/objective" in record}
+
+
+def batches(root: Path, name: str, step: int, world_size: int) -> list[str]:
+    """The sequences of a step, over exactly so many ranks."""
+    parts = sorted((root / name / "batches").glob(f"{step}.*"))
+    assert [path.suffix for path in parts] == [f".{rank}" for rank in range(world_size)]
+    return sorted(line for path in parts for line in path.read_text().splitlines())
+
+
+def run_in_turns(root: Path, name: str, stage: int) -> None:
+    config = settings(root, name, stage)
+    for until, world_size in STEPS_AND_RANKS:
+        finish(start(config, root, world_size, until))
+
+
+def compare(root: Path, name: str, calm: str) -> None:
+    ours, theirs = losses(root, name), losses(root, calm)
+    assert list(ours) == list(theirs) == list(range(1, 17))
+    assert ours == pytest.approx(theirs, rel=TOLERANCE)
+    first = 1
+    for until, world_size in STEPS_AND_RANKS:
+        for step in range(first, until + 1):
+            assert batches(root, name, step, world_size) == batches(root, calm, step, 4)
+        first = until + 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [2, 3])
+def test_four_two_one_four_ranks_are_as_four_undisturbed(root: Path, stage: int) -> None:
+    calm, name = f"calm{stage}", f"turns{stage}"
+    finish(start(settings(root, calm, stage), root, 4))
+    run_in_turns(root, name, stage)
+    compare(root, name, calm)
+    folder = root / "runs" / name / "checkpoints"
+    assert not list(folder.glob(f"*/{UNIVERSAL}*")), "what was converted still takes room"
+    assert json.loads((newest(folder) / "meta.json").read_text())["world_size"] == 4
