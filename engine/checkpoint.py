@@ -4,7 +4,8 @@
 
 A save copies the state, then a thread on each rank writes and syncs its files and puts ``state/rank_N.done`` beside
 them. When all ranks' marks are there, rank 0 renames the folder to its final name and writes COMPLETE, last. A
-checkpoint without COMPLETE does not exist: it is never loaded and is removed at the next start.
+checkpoint without COMPLETE does not exist: it is never loaded and is removed at the next start. COMPLETE holds the
+number of the launch that wrote it; one that a later launch has overtaken does not exist either.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ import torch
 
 from engine.digests import WrittenFile, write_hashed
 from engine.dist import Control
-from engine.errors import CheckpointError
+from engine.errors import CheckpointError, StillhouseError
+from engine.incarnation import History, Incarnation
 
 FORMAT_VERSION = 1
 COMPLETE, META = "COMPLETE", "meta.json"
@@ -32,8 +34,15 @@ PATIENCE_SECONDS = 1800.0
 
 
 def complete_checkpoints(folder: Path) -> list[Path]:
-    """The complete checkpoints below ``folder``, oldest first."""
-    return sorted(path.parent for path in folder.glob(f"step_*/{COMPLETE}"))
+    """The complete checkpoints below ``folder``, oldest first, without those that a later launch has overtaken."""
+    history = History(folder.parent)
+    found = sorted(path.parent for path in folder.glob(f"step_*/{COMPLETE}"))
+    return [path for path in found if history.holds(step_of(path), int((path / COMPLETE).read_text() or "0"))]
+
+
+def step_of(checkpoint: Path) -> int:
+    """Steps done when it was written."""
+    return int(checkpoint.name.removeprefix("step_"))
 
 
 def read_meta(checkpoint: Path) -> dict[str, Any]:
@@ -65,6 +74,7 @@ class CheckpointStore:
 
     def __init__(self, folder: Path, control: Control, keep: int) -> None:
         self.folder, self.keep = folder, keep
+        self.incarnation = Incarnation(folder.parent, 0)
         self.last_bytes = 0
         self._control = control
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint-finisher")
@@ -92,15 +102,17 @@ class CheckpointStore:
         """
         self.finish_writing()
         final = self.folder / f"step_{step:08d}"
-        if self._control.from_main((final / COMPLETE).is_file()):
+        if self._control.from_main(self._control.is_main and final in complete_checkpoints(self.folder)):
             return
-        self._temporary = temporary = self.folder / f"{final.name}.tmp"
+        # a launch that was replaced must not write among the files of the one that goes on
+        self._temporary = temporary = self.folder / f"{final.name}.tmp{self.incarnation.number}"
         problem = None
         try:
             if self._control.is_main:
+                self.incarnation.check()
                 shutil.rmtree(temporary, ignore_errors=True)
                 (temporary / "state").mkdir(parents=True)
-        except OSError as error:
+        except (OSError, StillhouseError) as error:
             problem = f"{temporary}: cannot be made ({error})"
         self._raise_together(problem)
         files = save_engine(temporary)
@@ -115,7 +127,7 @@ class CheckpointStore:
         if self._unfinished is not None:
             try:
                 self.last_bytes = self._unfinished.result()
-            except (CheckpointError, OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
+            except (StillhouseError, OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
                 problem = str(error)
             self._unfinished = None
         self._raise_together(problem)
@@ -159,9 +171,12 @@ class CheckpointStore:
             for done in (temporary / "state").glob("*.done"):
                 done.unlink()
             _write_text(temporary / META, json.dumps({**meta, "num_bytes": num_bytes, "sha256": digests}, indent=1))
+            self.incarnation.check()
+            shutil.rmtree(final, ignore_errors=True)  # a checkpoint of this step that this launch has overtaken
             os.rename(temporary, final)
             _sync(final.parent)
-            _write_text(final / COMPLETE, "")
+            _write_text(final / COMPLETE, str(self.incarnation.number))
+            self.incarnation.check()
             self._prune()
         return num_bytes
 
@@ -180,7 +195,9 @@ class CheckpointStore:
             time.sleep(POLL_SECONDS)
 
     def _prune(self) -> None:
-        for path in complete_checkpoints(self.folder)[: -self.keep]:
+        whole = complete_checkpoints(self.folder)
+        overtaken = {path.parent for path in self.folder.glob(f"step_*/{COMPLETE}")} - set(whole)
+        for path in [*overtaken, *whole[: -self.keep]]:
             (path / COMPLETE).unlink()  # first, so that a kill half-way leaves no checkpoint that only looks whole
             shutil.rmtree(path)
         for path in complete_checkpoints(self.folder)[:-1]:

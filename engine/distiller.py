@@ -55,6 +55,8 @@ class Distiller:
             watch.close()
             leave_group(ranks)
             if ranks.rank == 0:  # nobody waits for what one rank can do alone
+                assert watch.check is not None
+                watch.check()
                 finish_run(parts, self.folder, device, finished)
         return finished
 
@@ -69,11 +71,12 @@ class Distiller:
             setup(place.ranks.rank, self.folder / "log.txt" if is_main else None)
             for part, origin in parts.student.origins:
                 log.debug("student %s <- %s", part, origin)
+            watch.check = trainer.store.incarnation.check
             status: Status = "failed"
             try:
                 finished = trainer.train()
                 status = "completed" if finished else "stopped"
-            except StillhouseError:  # agreed by all ranks
+            except StillhouseError:  # agreed by all ranks, which therefore are all there to finish a save
                 trainer.store.settle()
                 raise
             finally:

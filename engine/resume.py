@@ -8,9 +8,10 @@ from pathlib import Path
 
 import torch
 
-from engine.checkpoint import CheckpointStore, complete_checkpoints, newest, read_meta
+from engine.checkpoint import CheckpointStore, complete_checkpoints, read_meta, step_of
 from engine.digests import Digests
 from engine.errors import CheckpointError, StillhouseError
+from engine.incarnation import Incarnation, last_number
 from engine.parts import Parts, Place
 from engine.runfolder import check_owner, set_aside, write_start
 from engine.state import TrainState, fresh_rng_state, set_rng_state
@@ -20,43 +21,50 @@ log = logging.getLogger("stillhouse")
 
 
 def open_run_folder(folder: Path, store: CheckpointStore, parts: Parts, place: Place, resume: str) -> Path | None:
-    """Rank 0 decides what to resume from and prepares the folder; the others follow. Errors are everyone's."""
+    """Rank 0 decides what to resume from and prepares the folder; the others follow. Errors are everyone's.
+
+    From then on every earlier launch of this run is replaced.
+    """
     found: Path | None = None
+    number = 0
     problem: StillhouseError | None = None
     if place.control.is_main:
         try:
-            found = _prepare_folder(folder, parts, resume)
+            found, number = _prepare_folder(folder, parts, resume)
         except StillhouseError as error:
             problem = error
         except Exception as error:  # a full disk comes through several libraries, each with a type of its own
             problem = CheckpointError(
                 f"{folder}: cannot be written ({error}); free some space or give another run.output"
             )
-    found, problem = place.control.from_main((found, problem))
+    found, number, problem = place.control.from_main((found, number, problem))
     if problem is not None:
         raise problem
+    store.incarnation = Incarnation(folder, number)
     store.remove_incomplete()
     return found
 
 
-def _prepare_folder(folder: Path, parts: Parts, resume: str) -> Path | None:
+def _prepare_folder(folder: Path, parts: Parts, resume: str) -> tuple[Path | None, int]:
+    number = last_number(folder)
     if resume == "never":
         if (old := set_aside(folder)) is not None:
             log.info("the run that was in %s is now in %s", folder, old)
-        found = None
-    elif resume == "auto":
-        check_owner(folder, parts.run.config)
-        has_one = any((folder / "checkpoints").glob("step_*/COMPLETE"))
-        found = newest(folder / "checkpoints") if has_one else None
     else:
         check_owner(folder, parts.run.config)
+    incarnation = Incarnation.take(folder, after=number)  # first: what another launch completes now may still count
+    if resume in ("auto", "never"):
+        whole = complete_checkpoints(folder / "checkpoints")
+        found = whole[-1] if whole else None
+    else:
         found = Path(resume)
         read_meta(found)
+    incarnation.took_over_after(0 if found is None else step_of(found))
     facts = {"origins": list(parts.student.origins)} | ({"cache": parts.cache.facts()} if parts.cache else {})
     write_start(folder, parts.run.config, parts.run.deepspeed, facts)
     parts.student.model.config.save_pretrained(folder / "student")
     parts.tokenizer.save_pretrained(folder / "student")
-    return found
+    return found, incarnation.number
 
 
 def load_checkpoint(checkpoint: Path, engine: StudentEngine, parts: Parts, place: Place) -> tuple[TrainState, int]:

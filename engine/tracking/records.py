@@ -20,20 +20,14 @@ Record = dict[str, Any]
 
 def read_records(path: Path) -> list[Record]:
     """The records of the file, in order; none when there is no file. Lines torn by a kill are left out."""
-    return _read(path)[0]
-
-
-def _read(path: Path) -> tuple[list[Record], bool]:
-    """Also whether every line is a whole record."""
     try:
         content = path.read_bytes()
     except FileNotFoundError:
-        return [], True
+        return []
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
-    *lines, torn = content.split(b"\n")
-    records = [record for record in map(_parse, lines) if record is not None]
-    return records, not torn and len(records) == len(lines)
+    *lines, _ = content.split(b"\n")
+    return [record for record in map(_parse, lines) if record is not None]
 
 
 def _parse(line: bytes) -> Record | None:
@@ -58,8 +52,9 @@ class RecordFile:
     """Appends records, each with one write. While the disk refuses, records are kept and written with the next one."""
 
     def __init__(self, path: Path, keep: Callable[[Record], bool] = lambda record: True) -> None:
-        """Open ``path``; records that ``keep`` refuses and torn lines are dropped first, atomically.
+        """Open ``path`` as a new file of that name, without torn lines and records that ``keep`` refuses.
 
+        Whoever still has the old file open, a launch that this one replaces, writes to nowhere.
         Raises CheckpointError when the file cannot be read or written.
         """
         self.path = path
@@ -86,10 +81,7 @@ class RecordFile:
             logger.error("%s: the last %d records could not be written; free space on its disk", self.path, num_lost)
 
     def _drop(self, keep: Callable[[Record], bool]) -> None:
-        records, whole = _read(self.path)
-        kept = [record for record in records if keep(record)]
-        if whole and len(kept) == len(records):
-            return
+        kept = [record for record in read_records(self.path) if keep(record)]
         temporary = self.path.with_name(self.path.name + ".tmp")
         with temporary.open("w", encoding="utf-8") as file:
             file.writelines(json.dumps(record) + "\n" for record in kept)

@@ -39,7 +39,9 @@ def weights_only() -> Iterator[None]:
         yield
     except UnpicklingError as problem:
         reason = str(problem).partition("WeightsUnpickler error: ")[2].partition("\n")[0] or str(problem)
-        raise CheckpointError(f"a checkpoint's file was refused, since it asks for more than tensors: {reason}") from None
+        raise CheckpointError(
+            f"a checkpoint's file was refused, since it asks for more than tensors: {reason}"
+        ) from None
     finally:
         del os.environ[FORCE]
         os.environ.update({name: value for name, value in before.items() if value is not None})

@@ -46,9 +46,7 @@ def start(
     path = write_config(folder / "run.yaml", config)
     last = () if until is None else (f"run.num_steps={until}",)
     script = str(ROOT / "tests" / "distributed" / "observed_distill.py")
-    return Job(
-        [script, "--config", str(path), *words, *last], world_size, folder, {"OBSERVED_FOLDER": str(observed)}
-    )
+    return Job([script, "--config", str(path), *words, *last], world_size, folder, {"OBSERVED_FOLDER": str(observed)})
 
 
 def losses(root: Path, name: str) -> dict[int, float]:

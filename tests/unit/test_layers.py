@@ -19,7 +19,7 @@ rendezvous
 meeting
 dist log config watch digests
 data losses tracking models meter cost
-cache
+cache incarnation
 tasks teacher student memory
 zero checkpoint export evaluation report metrics runfolder planning
 trainer parts
