@@ -23,11 +23,13 @@ def origin(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def disguised(path: Path, script: str, at: Path, packages: Path | None = None) -> Path:
+def disguised(path: Path, script: str, at: Path, packages: Path | None = None, clock_seconds: float = 0.0) -> Path:
     """A program that is ``script`` on a host called node2, whose working folder is ``at``."""
     path.write_text(
         f"""
-import os, runpy, socket, sys
+import os, runpy, socket, sys, time
+true_time = time.time
+time.time = lambda: true_time() + {clock_seconds}
 socket.gethostname = lambda: "node2"
 sys.path.insert(0, {str(packages)!r})
 os.chdir({str(at)!r})
@@ -38,7 +40,7 @@ runpy.run_path({str(ROOT / "launch" / script)!r}, run_name="__main__")
 
 
 def two_hosts(programs: list[Path], words: list[str], folder: Path, **variables: str) -> tuple[list[int], list[str]]:
-    """Exit codes and outputs of two ranks, each the first of its host. ``variables`` are the second one's."""
+    """Exit codes and outputs of two ranks (or of the first alone), each the first of its host. ``variables`` are the second one's."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -56,7 +58,7 @@ def two_hosts(programs: list[Path], words: list[str], folder: Path, **variables:
         for rank in ranks:
             if rank.poll() is None:
                 rank.send_signal(9)
-    return codes, [log.read_text() for log in logs]
+    return codes, [log.read_text() for log in logs[: len(ranks)]]
 
 
 def relative(folder: Path) -> Path:
@@ -103,3 +105,39 @@ def test_other_data_and_a_folder_that_is_not_shared(origin: Path, tmp_path: Path
     assert any("data.manifest train/manifest.json: " in line for line in lines)
     assert any("teacher.model teacher: " in line for line in lines)
     assert not (tmp_path / "node1" / "runs").exists()
+
+
+def test_preflight_shows_two_hosts_and_says_yes(origin: Path, tmp_path: Path) -> None:
+    words = ["--config", str(write_config(tmp_path / "run.yaml", tiny.run_config(origin))), "--cluster"]
+    node2 = disguised(tmp_path / "node2.py", "preflight.py", ROOT)
+    codes, outputs = two_hosts([ROOT / "launch" / "preflight.py", node2], words, tmp_path)
+    assert codes == [0, 0], outputs
+    lines = outputs[0].splitlines()
+    assert "Verdict     YES, the hosts are ready for this run" in lines
+    assert any(line.startswith("Cluster     2 hosts, 2 ranks, cpu over gloo") and "node2" in line for line in lines)
+    assert [line.split()[0] for line in lines[lines.index("") + 2 :][:2]] == [HERE, "node2"]
+    assert any(line.startswith("All-reduce  1.0 MB in ") for line in lines)
+    assert max(map(len, lines)) <= 80
+    assert "Verdict" not in outputs[1]
+
+
+def test_preflight_says_no_and_names_the_host_that_differs(origin: Path, tmp_path: Path) -> None:
+    """Its clock is wrong by a minute as well, and the run's batch does not fit the ranks."""
+    config = tiny.run_config(origin, data={"lanes": 3})
+    words = ["--config", str(write_config(tmp_path / "run.yaml", config)), "--cluster"]
+    node2 = disguised(tmp_path / "node2.py", "preflight.py", ROOT, clock_seconds=60.0)
+    codes, outputs = two_hosts([ROOT / "launch" / "preflight.py", node2], words, tmp_path, DS_ACCELERATOR="xpu")
+    assert codes == [1, 1], outputs
+    assert "Verdict     NO, 3 to mend:" in outputs[0]
+    assert f"DS_ACCELERATOR: cpu on {HERE}; xpu on node2" in outputs[0]
+    assert "node2: its clock is +60.0 s off rank 0's" in outputs[0]
+    assert "data.lanes = 3 cannot be shared evenly by 2 ranks" in outputs[0]
+
+
+def test_preflight_names_the_host_that_does_not_come(origin: Path, tmp_path: Path) -> None:
+    words = ["--config", str(write_config(tmp_path / "run.yaml", tiny.run_config(origin))), "--cluster"]
+    (tmp_path / "hosts").write_text(f"{HERE} slots=1\nnode2 slots=1\n")
+    words += ["--hostfile", str(tmp_path / "hosts"), "--join-seconds", "1"]
+    codes, outputs = two_hosts([ROOT / "launch" / "preflight.py"], words, tmp_path)
+    assert codes == [1], outputs
+    assert "Verdict     NO: 1 of 2 ranks did not come within 1 s: rank 1 of node2;" in outputs[0]
