@@ -20,7 +20,8 @@ FREE_SHARE = 0.9
 """Of a GPU's memory; more in use belongs to somebody else."""
 SHM_BYTES = {"cpu": 66 << 20, "cuda": 64 << 20}
 """A rank: DeepSpeed's all-reduce buffers on a CPU, NCCL's between the GPUs of a host."""
-MAX_ROWS = 12
+MAX_ROWS, NUM_COLUMNS = 12, 80
+SOURCE = "the engine's source"
 
 
 @dataclass(frozen=True)
@@ -167,8 +168,8 @@ def _summary(cluster: Cluster, rows: Sequence[Row]) -> list[str]:
         f"Settings    {_alike({kind for kind in differ if kind == 'settings' or 'required' in kind})}: "
         "the run YAML, and variables that must agree",
         f"Data        {_alike({'data', 'model'} & differ)}: manifests, shards, model folders",
-        f"Folder      {'NOT SHARED' if 'shared' in differ else 'shared'}: {cluster.output}, "
-        f"{_size(min(speed.disk_bytes for speed in cluster.speeds))} free",
+        f"Folder      {'NOT SHARED' if 'shared' in differ else 'shared'}, "
+        f"{_size(min(speed.disk_bytes for speed in cluster.speeds))} free: {cluster.output}",
     ]
     if cluster.need is not None:
         kept = f"{_size(cluster.need.checkpoint_bytes)} for {cluster.need.num_checkpoints} checkpoints"
@@ -180,12 +181,9 @@ def _summary(cluster: Cluster, rows: Sequence[Row]) -> list[str]:
         for number, each in enumerate(cluster.all_reduces)
     ]
     copied = median(row.copy_bytes for row in rows) / 1e9
-    lines.append(f"Speed       matmul {flops:.3g} {unit}, copy {copied:.3g} GB/s: the median host")
+    lines.append(f"Speed       matmul {flops:.3g} {unit}, copy {copied:,.0f} GB/s: the median host")
     lines.append(f"Slowest     {slowest.host}, {slowest.ratio:.2f} of the median")
-    return lines
-
-
-SOURCE = "the engine's source"
+    return [line if len(line) <= NUM_COLUMNS else line[: NUM_COLUMNS - 3] + "..." for line in lines]
 
 
 def _table(rows: Sequence[Row]) -> list[str]:

@@ -40,7 +40,8 @@ runpy.run_path({str(ROOT / "launch" / script)!r}, run_name="__main__")
 
 
 def two_hosts(programs: list[Path], words: list[str], folder: Path, **variables: str) -> tuple[list[int], list[str]]:
-    """Exit codes and outputs of two ranks (or of the first alone), each the first of its host. ``variables`` are the second one's."""
+    """Exit codes and outputs of two ranks, or of the first alone, each the first of its host. ``variables`` are the
+    second one's."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
