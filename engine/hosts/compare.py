@@ -21,7 +21,7 @@ class Rule(NamedTuple):
     remedy: str
 
 
-_TRAVEL = "set them on every host; docs/hosts.md says which variables a launcher takes along, .deepspeed_env the rest"
+_TRAVEL = "set it on every host; docs/hosts.md says which variables travel with which launcher"
 RULES = {
     "failed": Rule(True, "mend that host, or leave it out"),
     "package": Rule(True, "install the same versions on every host: pip install -c constraints.txt -e ."),

@@ -130,7 +130,7 @@ def measure_all_reduce(device: torch.device) -> list[AllReduce]:
     found = []
     for num_bytes in ALL_REDUCE_BYTES:
         tensor = torch.zeros(num_bytes // 4, device=device)
-        seconds = _best_seconds(lambda tensor=tensor: dist.all_reduce(tensor), device)  # type: ignore[misc]
+        seconds = _best_seconds(lambda tensor=tensor: dist.all_reduce(tensor), device, 4)  # type: ignore[misc]
         slowest = torch.tensor([seconds], device=device)
         dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
         found.append(AllReduce(num_bytes, slowest.item(), dist.get_world_size()))
@@ -139,7 +139,7 @@ def measure_all_reduce(device: torch.device) -> list[AllReduce]:
     return found
 
 
-def _best_seconds(work: Callable[[], Tensor | None], device: torch.device, times: int = 4) -> float:
+def _best_seconds(work: Callable[[], Tensor | None], device: torch.device, times: int = 10) -> float:
     """Of several; the first warms up and does not count."""
     seconds = []
     for _ in range(times):
