@@ -13,6 +13,7 @@ from engine.config.run import RunConfig
 from engine.dist import Control, StopSignal, leave_group, read_ranks
 from engine.errors import StillhouseError
 from engine.finish import finish_run
+from engine.hosts.check import check_hosts
 from engine.log import Progress, setup
 from engine.meeting import meet
 from engine.parts import Parts, Place, build_parts
@@ -49,6 +50,7 @@ class Distiller:
         with StopSignal() as stop, Watch(meeting, timeout_seconds, self._alone_seconds()) as watch:
             device = init_distributed(meeting, timeout_seconds)
             place = Place(ranks, Control(ranks), device)
+            check_hosts(self.config, place.control, device)
             parts = build_parts(self.config, place)
             finished = self._train(parts, place, stop, watch)
             place.control.barrier()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -36,8 +37,8 @@ class Meeting:
         return _prefixed(_connect(host, port, timeout_seconds))
 
 
-def meet(ranks: Ranks, join_seconds: float = JOIN_SECONDS) -> Meeting:
-    """Come together at MASTER_ADDR:MASTER_PORT. Collective.
+def meet(ranks: Ranks, join_seconds: float = JOIN_SECONDS, expected: Sequence[str] = ()) -> Meeting:
+    """Come together at MASTER_ADDR:MASTER_PORT; ``expected`` is the host of each rank, where that is known. Collective.
 
     Raises LostRankError, naming the ranks that did not come and the hosts that did, or where rank 0 was looked for.
     """
@@ -55,7 +56,7 @@ def meet(ranks: Ranks, join_seconds: float = JOIN_SECONDS) -> Meeting:
     store.set(f"host/{ranks.rank}", own)
     hosts = [""] * ranks.world_size
     if ranks.rank == 0:
-        hosts = _await_all(store, ranks.world_size, join_seconds)
+        hosts = _await_all(store, ranks.world_size, join_seconds, expected)
         store.set("all here", own)
     else:
         try:
@@ -67,15 +68,17 @@ def meet(ranks: Ranks, join_seconds: float = JOIN_SECONDS) -> Meeting:
     return Meeting(ranks, store, tuple(hosts))
 
 
-def _await_all(store: Store, world_size: int, join_seconds: float) -> list[str]:
+def _await_all(store: Store, world_size: int, join_seconds: float, expected: Sequence[str]) -> list[str]:
     deadline = time.monotonic() + join_seconds
     missing = list(range(world_size))
     while missing := [rank for rank in missing if not store.check([f"host/{rank}"])]:
         if time.monotonic() > deadline:
             here = sorted({store.get(f"host/{rank}").decode() for rank in range(world_size) if rank not in missing})
+            absent = dict.fromkeys(expected[rank] for rank in missing if len(expected) == world_size)
+            where = f" of {', '.join(list(absent)[:20])}" if absent else ""
             raise LostRankError(
                 f"{len(missing)} of {world_size} ranks did not come within {join_seconds:.0f} s: "
-                f"{show_numbers(missing)}; there are the ranks of {', '.join(here[:20])}"
+                f"{show_numbers(missing)}{where}; there are the ranks of {', '.join(here[:20])}"
                 f"{' ...' if len(here) > 20 else ''}. Look at what the other hosts said, and whether they can reach "
                 f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
             )

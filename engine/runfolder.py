@@ -95,24 +95,29 @@ def write_start(folder: Path, config: RunConfig, deepspeed: dict[str, Any], fact
 
 def environment() -> dict[str, Any]:
     """Versions, machine, command and git revision."""
+    return {
+        "versions": package_versions(),
+        "python": platform.python_version(),
+        "host": platform.node(),
+        "system": platform.platform(),
+        "command": sys.argv,
+        "git_revision": git("rev-parse", "HEAD"),
+        "git_changes": git("status", "--porcelain") != "",
+    }
+
+
+def package_versions() -> dict[str, str]:
     versions = {}
     for package in PACKAGES:
         try:
             versions[package] = version(package)
         except PackageNotFoundError:
             versions[package] = "not installed"
-    return {
-        "versions": versions,
-        "python": platform.python_version(),
-        "host": platform.node(),
-        "system": platform.platform(),
-        "command": sys.argv,
-        "git_revision": _git("rev-parse", "HEAD"),
-        "git_changes": _git("status", "--porcelain") != "",
-    }
+    return versions
 
 
-def _git(*words: str) -> str:
+def git(*words: str) -> str:
+    """What git answers about this checkout; nothing where it cannot answer."""
     root = Path(__file__).resolve().parent
     try:
         done = subprocess.run(["git", *words], cwd=root, capture_output=True, text=True, timeout=10, check=True)

@@ -2,8 +2,10 @@
 
     python launch/preflight.py --config run.yaml --world-size 16 --device-memory 80GB --device H100 [key.path=value ...]
     python launch/preflight.py --config run.yaml --cache-trial 64 [key.path=value ...]
+    python launch/preflight.py --config run.yaml --world-size 16 --cluster [--hostfile HOSTS] [key.path=value ...]
 
 The second asks the teacher for some samples, here and now, and foretells its cache: how large, and how long it takes.
+The third starts a rank on each host, in a Slurm allocation or over a hostfile, compares the hosts and measures them.
 Shapes come from the models' configs, samples from the manifest (or --samples and --sequence-tokens before there are
 shards). Exit codes: 0 it fits, 1 it does not, 2 an error of yours to mend.
 """
@@ -12,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import re
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from engine.errors import ConfigError
@@ -35,7 +38,7 @@ def parse_bytes(text: str) -> int:
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, help="the run YAML")
-    parser.add_argument("--world-size", type=int, default=1, help="ranks, one a device (default: 1)")
+    parser.add_argument("--world-size", type=int, help="ranks, one a device (default: 1)")
     parser.add_argument("--accelerator", choices=("cuda", "cpu"), default="cuda", help="default: cuda")
     parser.add_argument("--device-memory", help="of one device, such as 80GB; the verdict needs it")
     parser.add_argument("--device", help="its name, such as H100; the hours need it")
@@ -48,17 +51,27 @@ def parse_arguments() -> argparse.Namespace:
         metavar="N",
         help="ask the teacher for N samples here, and foretell the cache's size and the hours to make it",
     )
+    parser.add_argument("--cluster", action="store_true", help="compare and measure the hosts of this allocation")
+    parser.add_argument("--hostfile", help="for --cluster: lines such as 'node1 slots=8', as deepspeed takes them")
+    parser.add_argument(
+        "--join-seconds", type=float, default=30.0, help="for --cluster: wait so long for all ranks (default: 30)"
+    )
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # appended by the deepspeed launcher
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="settings that replace the YAML's")
     return parser.parse_intermixed_args()
 
 
 def main() -> int:
     arguments = parse_arguments()
+    if arguments.cluster:
+        from launch.preflight_cluster import check_cluster
+
+        return check_cluster(arguments, str(Path(__file__).resolve()))
     from engine.planning import Machine, Planner  # after the arguments: --help answers at once
 
     machine = Machine(
         arguments.accelerator,
-        arguments.world_size,
+        arguments.world_size or 1,
         parse_bytes(arguments.device_memory) if arguments.device_memory else None,
         arguments.device,
         arguments.mfu,

@@ -22,7 +22,7 @@ data losses tracking models meter cost
 cache incarnation
 tasks teacher student memory
 zero checkpoint export evaluation report metrics runfolder planning
-trainer parts
+trainer parts hosts
 resume compare asking
 build capture finish
 distiller

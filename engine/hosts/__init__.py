@@ -1,0 +1,1 @@
+"""What the hosts of a run have in common, and what they must not differ in."""
