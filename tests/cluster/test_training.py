@@ -22,5 +22,5 @@ def test_a_run_that_lost_a_host_goes_on_from_its_checkpoint(lab: Lab, tmp_path: 
     lab.restart("node2")
     second = run.start(HOSTS)
     run.wait(second)
-    assert "resum" in second.output()
+    assert "resuming" in second.output()
     assert sorted(run.losses()) == list(range(1, 13))
