@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from engine.config.run import RunConfig
 from engine.dist import Control, StopSignal, leave_group, read_ranks
 from engine.errors import StillhouseError
 from engine.finish import finish_run
+from engine.hosts.allocation import hosts_of_ranks
 from engine.hosts.check import check_hosts
 from engine.log import Progress, setup
 from engine.meeting import meet
@@ -45,7 +47,7 @@ class Distiller:
         """Train to the end, or to a signal. Returns whether the end was reached; the report is written either way."""
         ranks = read_ranks()
         setup(ranks.rank)
-        meeting = meet(ranks)
+        meeting = meet(ranks, expected=hosts_of_ranks(os.environ))
         timeout_seconds = self.config.cluster.timeout_seconds
         with StopSignal() as stop, Watch(meeting, timeout_seconds, self._alone_seconds()) as watch:
             device = init_distributed(meeting, timeout_seconds)

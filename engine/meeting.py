@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 
-from torch.distributed import DistError, PrefixStore, Store, TCPStore
+from torch.distributed import DistError, HashStore, PrefixStore, Store, TCPStore
 
 from engine.errors import LostRankError
 from engine.rendezvous import Ranks
@@ -42,6 +42,8 @@ def meet(ranks: Ranks, join_seconds: float = JOIN_SECONDS, expected: Sequence[st
 
     Raises LostRankError, naming the ranks that did not come and the hosts that did, or where rank 0 was looked for.
     """
+    if ranks.world_size == 1:
+        return Meeting(ranks, HashStore(), (socket.gethostname(),))
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     served_by_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     own = socket.gethostname()

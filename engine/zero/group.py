@@ -28,14 +28,15 @@ def init_distributed(meeting: Meeting, timeout_seconds: float) -> torch.device:
         device = torch.device("cuda", ranks.local_rank % torch.cuda.device_count())
         torch.cuda.set_device(device)
     backend = "gloo" if device.type == "cpu" else "nccl"
-    torch.distributed.init_process_group(
-        backend,
-        store=PrefixStore("group", meeting.store),
-        rank=ranks.rank,
-        world_size=ranks.world_size,
-        timeout=timeout,
-        device_id=device if device.type == "cuda" and ranks.world_size > 1 else None,
-    )
+    if not torch.distributed.is_initialized():  # a lone rank keeps its group, to train again
+        torch.distributed.init_process_group(
+            backend,
+            store=PrefixStore("group", meeting.store),
+            rank=ranks.rank,
+            world_size=ranks.world_size,
+            timeout=timeout,
+            device_id=device if device.type == "cuda" and ranks.world_size > 1 else None,
+        )
     with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):  # every rank would say that the op is built
         deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False, timeout=timeout)
     if device.type == "cpu":
