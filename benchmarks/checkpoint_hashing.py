@@ -1,6 +1,6 @@
 """What the sha256 of a checkpoint's files costs, while they are written and before they are read.
 
-    python benchmarks/checkpoint_hashing.py [--gigabytes 1] [--folder DIR] [--output FILE.json]
+python benchmarks/checkpoint_hashing.py [--gigabytes 1] [--folder DIR] [--output FILE.json]
 """
 
 from __future__ import annotations
