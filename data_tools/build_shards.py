@@ -29,6 +29,7 @@ from engine.data.manifest import MANIFEST, Manifest
 from engine.data.stateless import fold
 from engine.errors import DataError
 from engine.log import Progress, run_main
+from engine.redaction import redact_words
 from engine.tasks.tokenizer import fingerprint, load_tokenizer, vocab_size
 
 if TYPE_CHECKING:
@@ -178,7 +179,7 @@ def _command(options: argparse.Namespace) -> str:
     words += ["--tokenizer", options.tokenizer, "--sequence-tokens", str(options.sequence_tokens)]
     words += ["--shard-bytes", str(options.shard_bytes), "--split-heldout", repr(options.split_heldout)]
     words += ["--text-column", options.text_column, *(["--one-per-line"] if options.one_per_line else [])]
-    return shlex.join(words)
+    return shlex.join(redact_words(words))
 
 
 def _size_and_time(path: str) -> tuple[int, int]:

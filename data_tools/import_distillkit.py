@@ -31,6 +31,7 @@ from engine.config.cache import TopKSection
 from engine.data.manifest import MANIFEST, Manifest
 from engine.errors import ConfigError, DataError
 from engine.log import run_main
+from engine.redaction import redact_words
 from engine.tasks.tokenizer import fingerprint, load_tokenizer, vocab_size
 
 log = logging.getLogger("stillhouse")
@@ -102,7 +103,7 @@ def _command(options: argparse.Namespace) -> str:
     words = ["python", "data_tools/import_distillkit.py", "--input", str(options.input)]
     words += ["--tokenizer", options.tokenizer, "--shard-samples", str(options.shard_samples)]
     words += ["--sequence-tokens", str(options.sequence_tokens)] if options.sequence_tokens else []
-    return shlex.join([*words, *(["--cut"] if options.cut else [])])
+    return shlex.join(redact_words([*words, *(["--cut"] if options.cut else [])]))
 
 
 def _print_summary(data: Manifest, cache: CacheImport, options: argparse.Namespace) -> None:

@@ -20,6 +20,7 @@ from engine.evaluation import Evaluator
 from engine.losses.objective import Objective, Shape
 from engine.metrics import RecordMaker
 from engine.parts import Parts, Place
+from engine.redaction import redact_all
 from engine.resume import load_checkpoint, open_run_folder
 from engine.state import TrainState
 from engine.student.module import StudentWithObjective
@@ -71,7 +72,12 @@ def build_trainer(
     if checkpoint is not None:
         state, num_bad = load_checkpoint(checkpoint, engine, parts, place)
     tracker = Tracker(
-        folder, config.tracking, config.run.name, config.model_dump(mode="json"), state.step, place.control.is_main
+        folder,
+        config.tracking,
+        config.run.name,
+        redact_all(config.model_dump(mode="json")),
+        state.step,
+        place.control.is_main,
     )
     records = RecordMaker(
         objective,

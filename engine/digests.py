@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import IO, Any, NamedTuple, cast
 
 from engine.errors import CheckpointError
 
@@ -26,8 +26,9 @@ class WrittenFile(NamedTuple):
 class HashingFile:
     """Passes on what is written, in the order in which it lies in the file, and hashes it on the way."""
 
-    def __init__(self, file: BinaryIO) -> None:
+    def __init__(self, file: IO[bytes]) -> None:
         self._file, self._digest = file, hashlib.sha256()
+        self.name = file.name
 
     def write(self, content: Any) -> int:
         self._digest.update(content)
@@ -41,11 +42,11 @@ class HashingFile:
         return self._digest.hexdigest()
 
 
-def write_hashed(path: Path, write: Callable[[HashingFile], None]) -> WrittenFile:
+def write_hashed(path: Path, write: Callable[[IO[bytes]], None]) -> WrittenFile:
     """Let ``write`` fill the file at ``path``, and sync it."""
     with path.open("wb") as file:
         hashing = HashingFile(file)
-        write(hashing)
+        write(cast(IO[bytes], hashing))
         file.flush()
         os.fsync(file.fileno())
     return WrittenFile(path, path.stat().st_size, hashing.sha256)

@@ -57,7 +57,10 @@ def export_student(
     model = cast(model, DTYPES[dtype]).cpu()
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    (folder / "README.md").write_text(card)
+    readme = folder / "README.md"
+    readme.write_text(card)
+    for path in folder.glob("*.safetensors"):  # made for its owner alone; the rest has the modes of the umask
+        path.chmod(readme.stat().st_mode)
     again = AUTO_CLASSES[task].from_pretrained(folder, dtype=DTYPES[dtype]).eval()
     ids = torch.arange(8).unsqueeze(0) % model.config.vocab_size
     with torch.no_grad():

@@ -19,6 +19,7 @@ from typing import NoReturn
 from tqdm import tqdm
 
 from engine.errors import CheckpointError, StillhouseError
+from engine.redaction import redact
 from engine.rendezvous import launched_rank
 
 logger = logging.getLogger("stillhouse")
@@ -53,7 +54,7 @@ def _file_handler(log_file: Path) -> logging.Handler:
         handler = _LogFile(log_file, encoding="utf-8")
     except OSError as error:
         raise CheckpointError(f"cannot write {log_file}: {error.strerror}; make the run folder writable") from error
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(message)s", datefmt="%Y-%m-%d %H:%M:%S"))
+    handler.setFormatter(_FileFormatter("%(asctime)s %(levelname)-7s %(message)s", datefmt="%Y-%m-%d %H:%M:%S"))
     return handler
 
 
@@ -78,7 +79,12 @@ class _PlainFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         kind = f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""
-        return self.prefix + kind + super().format(record)
+        return self.prefix + kind + redact(super().format(record))
+
+
+class _FileFormatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return redact(super().format(record))
 
 
 def _at_least_warning(record: logging.LogRecord) -> bool:

@@ -20,7 +20,8 @@ import yaml
 from engine.config.load import load_config
 from engine.config.run import RunConfig
 from engine.data.atomic import write_atomically
-from engine.errors import CheckpointError
+from engine.errors import CheckpointError, ConfigError
+from engine.redaction import MASK, redact_all, redact_words
 
 CONFIG, DS_CONFIG, ENVIRONMENT = "config.yaml", "ds_config.json", "environment.json"
 FREE_TO_CHANGE = (
@@ -51,8 +52,8 @@ def check_owner(folder: Path, config: RunConfig) -> None:
     path = folder / CONFIG
     if not path.is_file():
         return
-    before = _flat(yaml.safe_load(path.read_text()))
-    now = _flat(config.model_dump(mode="json"))
+    before = _flat(redact_all(yaml.safe_load(path.read_text())))
+    now = _flat(redact_all(config.model_dump(mode="json")))
     changed = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
     changed = [key for key in changed if not key.startswith(FREE_TO_CHANGE)]
     if changed:
@@ -64,11 +65,18 @@ def check_owner(folder: Path, config: RunConfig) -> None:
 
 
 def read_config(folder: Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """The config that the run in ``folder`` was started with. Raises CheckpointError when it is no run's folder."""
+    """The config that the run in ``folder`` was started with. Raises CheckpointError when it is no run's folder,
+    ConfigError for a setting whose secret was masked there and that no override gives."""
     path = folder / CONFIG
     if not path.is_file():
         raise CheckpointError(f"{folder}: not a run's folder (no {CONFIG} in it)")
-    return load_config(str(path), overrides)
+    config = load_config(str(path), overrides)
+    masked = sorted(key for key, value in _flat(config.model_dump(mode="json")).items() if MASK in str(value))
+    if masked:
+        raise ConfigError(
+            f"{path}: {', '.join(masked)} held a secret, which is not kept; give it again, as {masked[0]}=VALUE"
+        )
+    return config
 
 
 def set_aside(folder: Path) -> Path | None:
@@ -82,12 +90,12 @@ def set_aside(folder: Path) -> Path | None:
 
 
 def write_start(folder: Path, config: RunConfig, deepspeed: dict[str, Any], facts: dict[str, Any]) -> None:
-    """The resolved config, the DeepSpeed JSON as used, and what the run was made with."""
+    """The resolved config, the DeepSpeed JSON as used, and what the run was made with; secrets are masked."""
     folder.mkdir(parents=True, exist_ok=True)
     contents = {
-        DS_CONFIG: json.dumps(deepspeed, indent=2) + "\n",
-        ENVIRONMENT: json.dumps(environment() | facts, indent=2) + "\n",
-        CONFIG: yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, width=100),
+        DS_CONFIG: json.dumps(redact_all(deepspeed), indent=2) + "\n",
+        ENVIRONMENT: json.dumps(redact_all(environment() | facts), indent=2) + "\n",
+        CONFIG: yaml.safe_dump(redact_all(config.model_dump(mode="json")), sort_keys=False, width=100),
     }
     for name, content in contents.items():  # a kill half-way must not leave a config that no run has
         write_atomically(folder / name, content.encode())
@@ -100,7 +108,7 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "host": platform.node(),
         "system": platform.platform(),
-        "command": sys.argv,
+        "command": redact_words(sys.argv),
         "git_revision": git("rev-parse", "HEAD"),
         "git_changes": git("status", "--porcelain") != "",
     }

@@ -72,6 +72,7 @@ def _run(words: list[str], environment: dict[str, str], log: Path) -> None:
     os.environ.clear()
     os.environ.update(imported | environment)
     os.environ["PATH"] = os.pathsep.join([os.path.dirname(sys.executable), os.environ["PATH"]])
+    os.umask(int(environment.get("TEST_UMASK", "0o022"), 8))
     os.chdir(ROOT)
     sys.argv = words
     try:
@@ -89,7 +90,7 @@ class Job:
         self.logs = [folder / f"rank{rank}.log" for rank in range(world_size)]
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+            self.port = port = free.getsockname()[1]
         self.ranks: list[ForkedScript | subprocess.Popen[bytes]] = []
         for rank, log in enumerate(self.logs):
             environment = os.environ | {
@@ -101,7 +102,7 @@ class Job:
                 "OMP_NUM_THREADS": "1",
                 **(variables or {}),
             }
-            if Path(words[0]).parent in (ROOT / "launch", ROOT / "tests" / "distributed"):
+            if Path(words[0]).parent in (ROOT / "launch", ROOT / "tests" / "distributed", ROOT / "data_tools"):
                 self.ranks.append(ForkedScript(words, environment, log))
                 continue
             with log.open("wb") as output:

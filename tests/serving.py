@@ -28,7 +28,7 @@ class Handler(BaseHTTPRequestHandler):
         super().__init__(*arguments)  # type: ignore[arg-type]
 
     def do_GET(self) -> None:
-        path = self.owner.folder / self.path.lstrip("/")
+        path = self.owner.folder / self.path.partition("?")[0].lstrip("/")
         if self.owner.failures > 0:
             self.owner.failures -= 1
             self.answer(503, b"")

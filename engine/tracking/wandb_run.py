@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import queue
 import secrets
+import sys
 import threading
 import time
 from collections.abc import Mapping
@@ -13,6 +14,7 @@ from typing import Any
 
 from engine.config.run import TrackingSection
 from engine.log import logger
+from engine.redaction import redact_words
 
 RUN_ID = "wandb_id"
 QUEUE_RECORDS = 1000
@@ -93,7 +95,12 @@ class WandbRun:
                 self._settings["dir"],
             )
             self._mode = "offline"
-        quiet = wandb.Settings(console="off", silent=True, finish_timeout=0.8 * CLOSE_SECONDS)
+        quiet = wandb.Settings(
+            console="off",
+            silent=True,
+            finish_timeout=0.8 * CLOSE_SECONDS,
+            x_disable_meta=redact_words(sys.argv) != sys.argv,  # it would keep the command as it is
+        )
         run = wandb.init(**self._settings, mode=self._mode, settings=quiet)
         # an axis of our own: wandb refuses a step that it has seen, and a resumed run makes some of them again
         run.define_metric("step")

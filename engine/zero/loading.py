@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
@@ -28,7 +29,7 @@ FORCE, FORBID = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LO
 
 @contextmanager
 def weights_only() -> Iterator[None]:
-    """Every torch.load inside, DeepSpeed's own too, makes tensors, plain values and CLASSES, and refuses the rest with a
+    """Every torch.load inside, DeepSpeed's own too, makes tensors, plain values and CLASSES, or raises
     CheckpointError.
 
     DeepSpeed asks for weights_only=False in many places; torch has a variable that overrules all of them.
@@ -38,10 +39,9 @@ def weights_only() -> Iterator[None]:
     try:
         yield
     except UnpicklingError as problem:
-        reason = str(problem).partition("WeightsUnpickler error: ")[2].partition("\n")[0] or str(problem)
-        raise CheckpointError(
-            f"a checkpoint's file was refused, since it asks for more than tensors: {reason}"
-        ) from None
+        wanted = re.search(r"GLOBAL (\S+)", str(problem))  # the rest of the text tells how to read it all the same
+        reason = f"it asks for {wanted[1]}" if wanted else "it is no file of tensors"
+        raise CheckpointError(f"a checkpoint's file was refused, since {reason}") from None
     finally:
         del os.environ[FORCE]
         os.environ.update({name: value for name, value in before.items() if value is not None})

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ import pytest
 from engine.checkpoint import newest
 from engine.zero import UNIVERSAL
 from tests import tiny
-from tests.launching import ROOT, Job, finish, write_config
+from tests.launching import ROOT, Job, finish, wait_for_step, write_config
 
 STEPS_AND_RANKS = ((4, 4), (8, 2), (12, 1), (16, 4))
 """until which step, on how many ranks"""
@@ -89,3 +88,52 @@ def test_four_two_one_four_ranks_are_as_four_undisturbed(root: Path, stage: int)
     folder = root / "runs" / name / "checkpoints"
     assert not list(folder.glob(f"*/{UNIVERSAL}*")), "what was converted still takes room"
     assert json.loads((newest(folder) / "meta.json").read_text())["world_size"] == 4
+
+
+def half_converted(checkpoint: Path) -> None:
+    """As a kill leaves it: some parameters put together, pieces of others, nothing renamed."""
+    folder = checkpoint / f"{UNIVERSAL}.tmp" / UNIVERSAL
+    for path in ("zero/model.norm.weight/fp32.pt", "tmp/model.norm.weight/0/fp32.00"):
+        (folder / path).parent.mkdir(parents=True)
+        (folder / path).write_bytes(b"half")
+
+
+@pytest.mark.slow
+def test_half_a_conversion_is_done_again_a_whole_one_is_used_again_and_a_changed_file_is_refused(root: Path) -> None:
+    name = "converted"
+    config = settings(root, name, 2)
+    finish(start(config, root, 2, 4))
+    checkpoint = root / "runs" / name / "checkpoints" / "step_00000004"
+    half_converted(checkpoint)
+    part = checkpoint / "zero" / "zero_pp_rank_1_mp_rank_00_optim_states.pt"
+    good = part.read_bytes()
+    part.write_bytes(good[:-9] + b"?" + good[-8:])
+    job = start(config, root, 4)
+    assert set(job.wait()) == {2}, job.output()
+    assert f"{part}: refused, its sha256 is" in job.output()
+    assert "there is no older one" in job.output()
+    assert not (checkpoint / UNIVERSAL).exists()
+
+    part.write_bytes(good)
+    job = start(config | {"checkpoint": {"every_steps": 100}}, root, 4)
+    wait_for_step(root / "runs" / name, 6, job)
+    job.kill()
+    assert [path.name for path in checkpoint.glob(f"{UNIVERSAL}*")] == [UNIVERSAL]
+    made = {path: path.stat().st_mtime_ns for path in (checkpoint / UNIVERSAL).rglob("*") if path.is_file()}
+    job = start(config | {"checkpoint": {"every_steps": 100}}, root, 1)
+    wait_for_step(root / "runs" / name, 6, job)
+    job.kill()
+    assert {path: path.stat().st_mtime_ns for path in (checkpoint / UNIVERSAL).rglob("*") if path.is_file()} == made
+    finish(start(config, root, 4))
+    assert not list((root / "runs" / name / "checkpoints").glob(f"*/{UNIVERSAL}*"))
+    assert list(losses(root, name)) == list(range(1, 17))
+
+
+@pytest.mark.slow
+def test_stages_0_and_1_go_on_as_well(root: Path) -> None:
+    for stage in (0, 1):
+        calm, name = f"calm{stage}", f"turns{stage}"
+        finish(start(settings(root, calm, stage), root, 2, 8))
+        finish(start(settings(root, name, stage), root, 2, 4))
+        finish(start(settings(root, name, stage), root, 1, 8))
+        assert losses(root, name) == pytest.approx(losses(root, calm), rel=TOLERANCE)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import threading
@@ -16,12 +17,13 @@ import torch
 
 from engine import checkpoint
 from engine.checkpoint import CheckpointStore, complete_checkpoints, newest, read_meta
+from engine.digests import HashingFile, WrittenFile
 from engine.dist import Control, Ranks
 from engine.errors import CheckpointError
 from engine.zero import SnapshotWriter, snapshot
 from tests.full_disk import fill, small_disk
 
-SaveEngine = Callable[[Path], list[Future[int]]]
+SaveEngine = Callable[[Path], list[Future[WrittenFile]]]
 
 
 class Meeting:
@@ -67,10 +69,10 @@ def on_ranks(world_size: int, work: Callable[[ThreadControl], Any]) -> list[Any]
 def writes(rank: int, content: bytes = b"weights") -> SaveEngine:
     """A well-behaved engine: one file, ready at once."""
 
-    def save(folder: Path) -> list[Future[int]]:
+    def save(folder: Path) -> list[Future[WrittenFile]]:
         (folder / f"part_{rank}").write_bytes(content)
-        done: Future[int] = Future()
-        done.set_result(len(content))
+        done: Future[WrittenFile] = Future()
+        done.set_result(WrittenFile(folder / f"part_{rank}", len(content), hashlib.sha256(content).hexdigest()))
         return [done]
 
     return save
@@ -79,9 +81,9 @@ def writes(rank: int, content: bytes = b"weights") -> SaveEngine:
 def fails(after: threading.Event | None) -> SaveEngine:
     """An engine whose file fails: at once, or later while others think all is well."""
 
-    def save(folder: Path) -> list[Future[int]]:
+    def save(folder: Path) -> list[Future[WrittenFile]]:
         failure = CheckpointError("part_1: could not be written (disk on fire); it needs 12.0 MB")
-        future: Future[int] = Future()
+        future: Future[WrittenFile] = Future()
         if after is None:
             future.set_exception(failure)
         else:
@@ -116,6 +118,10 @@ def test_a_checkpoint_holds_every_ranks_part_and_says_what_it_is(tmp_path: Path,
     meta = read_meta(path)
     assert (meta["step"], meta["world_size"], meta["num_bytes"]) == (7, world_size, 7 * world_size)
     assert meta["state"] == {"step": 7}
+    files = [file for file in path.rglob("*") if file.is_file() and file.name not in ("COMPLETE", "meta.json")]
+    assert meta["sha256"] == {
+        file.relative_to(path).as_posix(): hashlib.sha256(file.read_bytes()).hexdigest() for file in files
+    }
 
 
 def test_complete_is_written_last_after_the_rename(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -124,7 +130,7 @@ def test_complete_is_written_last_after_the_rename(tmp_path: Path, monkeypatch: 
     own_rename, own_write = os.rename, checkpoint._write_text
 
     def rename(source: Path, target: Path) -> None:
-        if Path(source).name.endswith(".tmp") and Path(source).is_dir():
+        if ".tmp" in Path(source).name and Path(source).is_dir():
             assert not complete_checkpoints(tmp_path)
             assert {"part_0", "meta.json", "state"} <= set(names(Path(source)))
             order.append("rename")
@@ -146,6 +152,17 @@ def test_the_newest_are_kept_and_never_fewer_than_two(tmp_path: Path) -> None:
     assert names(tmp_path) == ["step_00000009", "step_00000010"]
     save_steps(tmp_path, [11, 12], keep=4)
     assert len(names(tmp_path)) == 4
+
+
+def test_what_was_converted_goes_when_a_newer_one_is_complete(tmp_path: Path) -> None:
+    """Until then a resume may need it again."""
+    save_steps(tmp_path, [1])
+    (tmp_path / "step_00000001" / "universal" / "zero").mkdir(parents=True)
+    save_steps(tmp_path, [1])
+    assert (tmp_path / "step_00000001" / "universal").is_dir()
+    save_steps(tmp_path, [2])
+    assert not (tmp_path / "step_00000001" / "universal").exists()
+    assert len(complete_checkpoints(tmp_path)) == 2
 
 
 def test_an_older_one_goes_only_when_the_newer_is_complete(tmp_path: Path) -> None:
@@ -199,8 +216,8 @@ def test_a_rank_that_cannot_write_its_state_does_not_keep_rank_0_waiting(
 ) -> None:
     own_save, own_write = torch.save, checkpoint._write_text
 
-    def save(item: Any, path: Path) -> None:
-        if broken == ".pt" and path.name == "rank_00001.pt":
+    def save(item: Any, path: HashingFile) -> None:
+        if broken == ".pt" and path.name.endswith("rank_00001.pt"):
             raise RuntimeError("PytorchStreamWriter failed writing file")
         own_save(item, path)
 
@@ -264,7 +281,7 @@ def test_training_on_does_not_change_what_is_being_written(tmp_path: Path, monke
     may_write = threading.Event()
     own = snapshot._write
 
-    def held(snapshot: Any, path: str, num_bytes: int) -> int:
+    def held(snapshot: Any, path: str, num_bytes: int) -> WrittenFile:
         assert may_write.wait(10)
         return own(snapshot, path, num_bytes)
 
@@ -277,7 +294,7 @@ def test_training_on_does_not_change_what_is_being_written(tmp_path: Path, monke
     state["step"] = 4
     may_write.set()
     (future,) = writer.pending
-    assert future.result(10) == (tmp_path / "file.pt").stat().st_size
+    assert future.result(10).num_bytes == (tmp_path / "file.pt").stat().st_size
     read = writer.load(str(tmp_path / "file.pt"))
     assert torch.equal(read["flat"], torch.arange(12.0))
     assert torch.equal(read["view"], torch.arange(3.0, 6.0))

@@ -14,7 +14,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 ROWS = """
-errors schema state schedule
+errors schema state schedule redaction
 rendezvous
 meeting
 dist log config watch digests
