@@ -50,6 +50,8 @@ class Server:
         self.requests: list[tuple[str, str | None]] = []
         self.headers: list[dict[str, str]] = []
         self.num_refused = 0
+        self.absent: set[str] = set()
+        """names that are answered by 503, always"""
         self.port = 0
         self.start()
         self.address = f"http://127.0.0.1:{self.port}"
@@ -99,8 +101,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         owner, path = self.owner, self.owner.folder / self.path.lstrip("/")
-        if owner.failures > 0:
-            owner.failures -= 1
+        if owner.failures > 0 or path.name in owner.absent:
+            owner.failures = max(0, owner.failures - 1)
             self.answer(503, b"")
         elif not path.is_file():
             self.answer(404, b"")

@@ -49,10 +49,9 @@ class _OpenShard:
 
 
 class ShardSet:
-    """The shards of one manifest; any thread may read any sample at any time.
-
-    ``cache_bytes`` bounds the blocks of remote shards kept in memory. To read shuffled windows without fetching a
-    block twice it must hold the windows being read at once: about 2 * BLOCK_BYTES a lane, more for long sequences.
+    """The shards of one manifest; any thread may read any sample at any time. ``cache_bytes`` bounds the blocks of
+    remote shards kept in memory. To read shuffled windows without fetching a block twice it must hold the windows being
+    read at once: about 2 * BLOCK_BYTES a lane, more for long sequences.
     """
 
     def __init__(
@@ -76,20 +75,19 @@ class ShardSet:
 
     @staticmethod
     def pack(manifest_address: str, *, allow_pipe: bool = False) -> bytes:
-        """The manifest for ``unpack`` on other ranks: of 100,000 shards, 10 MB instead of 32."""
+        """The manifest for ``unpack`` on other ranks; of 100,000 shards 10 MB."""
         return zlib.compress(_read_whole(manifest_address, allow_pipe), level=1)
 
     @staticmethod
     def unpack(
         manifest_address: str, packed: bytes, *, allow_pipe: bool = False, cache_bytes: int = CACHE_BYTES
     ) -> ShardSet:
-        """As ``open``, of a manifest that was read before; touches no file."""
+        """As ``open``, of a manifest read before."""
         manifest = Manifest.from_json(zlib.decompress(packed).decode("utf-8", "replace"), manifest_address)
         shards = ShardSet(manifest_address, manifest, allow_pipe=allow_pipe, cache_bytes=cache_bytes)
-        for entry in manifest.shards:
-            for name in (entry.name, entry.index):
-                if not is_safe_name(name):  # then it is a command or refused
-                    shards.address_of(name)
+        for name in (name for entry in manifest.shards for name in (entry.name, entry.index)):
+            if not is_safe_name(name):  # then it is a command or refused
+                shards.address_of(name)
         return shards
 
     def token_counts(self) -> np.ndarray:
