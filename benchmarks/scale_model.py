@@ -1,4 +1,4 @@
-"""Formulas of ``simulate_scale.py``: what a step, a start and a checkpoint cost on N ranks, and who asks the store what.
+"""Formulas of ``simulate_scale.py``: what a step, a start and a checkpoint cost on N ranks, and who opens what.
 
 Bytes are exact where the code decides them (tests hold them against real runs); times divide them by bandwidths.
 """

@@ -8,8 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.scale_model import checkpoint_bytes, checkpoint_files
+from engine.checkpoint import newest
 from engine.data.client import CLIENT
 from engine.distiller import Distiller
+from engine.zero import consolidate
 from tests import tiny
 from tests.launching import distill, finish
 from tests.serving import Server
@@ -39,7 +42,7 @@ def over(server: Server, here: Path, there: Path) -> dict[str, object]:
 
 def test_a_server_gone_in_mid_run_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("engine.data.address.BLOCK_BYTES", 2048)  # else all of it is read at the start
-    Distiller(tiny.run_config(tmp_path)).fit()
+    finish(distill(tiny.run_config(tmp_path), tmp_path / "job"))
     assert "data/retries" not in records(tmp_path)[0], "there is no server"
     server = Server(tmp_path / "train")
     server.busy_share = 0.2
@@ -64,7 +67,7 @@ def test_a_server_gone_in_mid_run_changes_nothing(tmp_path: Path, monkeypatch: p
     assert total(there, "data/seconds_waiting_for_server") >= GONE_SECONDS / 2
     assert total(there, "data/bytes_read") > 0
     log = (there / "runs" / "run" / "log.txt").read_text()
-    assert log.count("has not answered for") == log.count("answers again, after") <= 1
+    assert log.count("has not answered for") == log.count("answers again, after") <= 1, "not a line a retry"
 
 
 def test_one_rank_reads_the_manifests_for_all(tmp_path: Path) -> None:
@@ -83,17 +86,24 @@ def test_one_rank_reads_the_manifests_for_all(tmp_path: Path) -> None:
     assert len(indexes) <= 2 * 3, "each rank opens a shard once"
     finish(distill(tiny.run_config(tmp_path, run={"output": str(tmp_path / "runs")}), tmp_path / "disk", world_size=2))
     assert losses(there) == losses(tmp_path)
+    checkpoint = newest(there / "runs" / "run" / "checkpoints")
+    files = [path for path in checkpoint.rglob("*") if path.is_file()]
+    assert len(files) == checkpoint_files(2, zero_stage=2), files
+    num_parameters = sum(tensor.numel() for tensor in consolidate(checkpoint).values())
+    num_bytes = sum(path.stat().st_size for path in files)
+    expected = checkpoint_bytes(num_parameters, zero_stage=2, value_bytes=4)
+    assert expected <= num_bytes <= expected + 2 * 50_000, "besides names and shapes, some kilobytes a file"
 
 
-@pytest.mark.parametrize("world_size", [2])
-def test_a_server_that_stays_away_ends_all_ranks(tmp_path: Path, world_size: int) -> None:
+def test_a_server_that_stays_away_ends_all_ranks(tmp_path: Path) -> None:
+    tiny.run_config(tmp_path)
     server = Server(tmp_path / "train")
     config = over(server, tmp_path, tmp_path / "there")
     config["data"]["retry_seconds"] = 1.0  # type: ignore[index]
     config["data"]["max_bad_samples"] = 1000  # type: ignore[index]
     for path in (tmp_path / "train").glob("*.tar"):
         server.absent.add(path.name)
-    job = distill(config, tmp_path / "job", world_size=world_size)
-    assert job.wait() == [2] * world_size, job.output()
+    job = distill(config, tmp_path / "job", world_size=2)
+    assert job.wait() == [2, 2], job.output()
     assert "cannot be read after" in job.output()
     assert "data.retry_seconds" in job.output()
