@@ -98,6 +98,7 @@ class WandbRun:
                 why = "there is no key: set WANDB_API_KEY, or run `wandb login`"
             except BaseException as error:
                 why = f"{type(error).__name__}: {error}"
+                wandb.teardown()  # the run that did not begin would keep its id to itself
         run = self._open(wandb, "offline")
         if why is not None:
             logger.warning(

@@ -179,6 +179,9 @@ class FakeWandb(SimpleNamespace):
         self.started.append(arguments)
         return self
 
+    def teardown(self) -> None:
+        pass
+
     def define_metric(self, name: str, step_metric: str | None = None) -> None:
         pass
 
@@ -341,7 +344,15 @@ class Service(BaseHTTPRequestHandler):
         if Service.num_answers < 0:
             time.sleep(1000)
         project = {"id": "p", "name": "stillhouse", "entity": {"id": "e", "name": "team"}}
-        bucket = {"id": "x", "name": "r", "displayName": "d", "config": "{}", "historyLineCount": 0, "project": project}
+        name = json.loads(question)["variables"].get("name") if "upsertBucket" in query else None
+        bucket = {
+            "id": "x",
+            "name": name,
+            "displayName": "d",
+            "config": "{}",
+            "historyLineCount": 0,
+            "project": project,
+        }
         viewer = {"id": "u", "entity": "team", "username": "me", "flags": "{}", "teams": {"edges": []}}
         data = {"upsertBucket": {"bucket": bucket, "inserted": True}} if "upsertBucket" in query else {"model": None}
         content = json.dumps({"data": {"viewer": viewer} if "viewer {" in query else data}).encode()
@@ -367,17 +378,17 @@ from pathlib import Path
 from engine.config.run import TrackingSection
 from engine.log import setup
 from engine.tracking import Tracker, wandb_run
-wandb_run.START_SECONDS, wandb_run.CLOSE_SECONDS = 5.0, 30.0
+wandb_run.START_SECONDS, wandb_run.CLOSE_SECONDS = 5.0, 10.0
 folder, server = Path(sys.argv[1]), int(sys.argv[2])
 setup(0)
 tracker = Tracker(folder, TrackingSection(wandb="online"), "demo", {}, 0)
-wandb_run.CLOSE_SECONDS = 60.0
 for step in range(1, 4):
     tracker.record(step, {"loss/objective": float(step)})
     if step == 1 and server:
-        while not list(folder.glob("wandb/run-*/run-*.wandb")):
+        while tracker._sinks[0]._queue.qsize():  # until the run is there and has taken the record
             pass
         os.kill(server, signal.SIGKILL)
+wandb_run.CLOSE_SECONDS = 60.0
 tracker.close("completed")
 """
 
