@@ -186,3 +186,15 @@ def opened(num_ranks: int, zero_stage: int, shards_of_first_step: int) -> Opened
 def opens_of_epoch(num_shards: int, lanes: int) -> int:
     """A shard is opened by each rank whose lanes meet it: once, and once more for each cut between lanes."""
     return OPENS_OF_SHARD * (num_shards + lanes - 1)
+
+
+def growths(ranks: int) -> dict[str, str]:
+    """What does not stay flat as ranks are added, by our own code or by what it stands on."""
+    return {
+        "gloo's connections": f"quadratic, {ranks * (ranks - 1) // 2:,} in all and {ranks - 1:,} a rank: allow as many "
+        "open files",
+        "names in a checkpoint's folder, listed by each resuming rank": f"quadratic, {ranks * 2 * ranks:,} in all "
+        "(DeepSpeed's glob)",
+        "the small all-reduce of a step (gloo's ring)": "linear in time, in 'step s' above",
+        "the same weights read by every node": "linear, in 'start s' above: a store must give one file to all at once",
+    }

@@ -32,6 +32,7 @@ from scale_model import (
     checkpoint_bytes,
     checkpoint_files,
     exposed_seconds,
+    growths,
     opened,
     opens_of_epoch,
     resume_seconds,
@@ -117,18 +118,6 @@ def row_of(figures: dict[str, Any]) -> tuple[str, ...]:
         f"{figures['opens_of_checkpoint']:,}",
         f"{figures['opens_per_second']:.1f}",
     )
-
-
-def growths(ranks: int) -> dict[str, str]:
-    """What does not stay flat as ranks are added, by our own code or by what it stands on."""
-    return {
-        "gloo's connections": f"quadratic, {ranks * (ranks - 1) // 2:,} in all and {ranks - 1:,} a rank: allow as many "
-        "open files",
-        "names in a checkpoint's folder, listed by each resuming rank": f"quadratic, {ranks * 2 * ranks:,} in all "
-        "(DeepSpeed's glob)",
-        "the small all-reduce of a step (gloo's ring)": "linear in time, in 'step s' above",
-        "the same weights read by every node": "linear, in 'start s' above: a store must give one file to all at once",
-    }
 
 
 def real_code(num_ranks: int, num_shards: int) -> dict[str, Any]:
