@@ -63,7 +63,7 @@ def main() -> None:
         figures.append(figures_of(ranks, work, cluster, arguments.shards, real))
         rows.append(row_of(figures[-1]))
     print(f"ZeRO-{work.zero_stage}, {work.parameters:.3g} parameters, {work.step_seconds:.2f} s of compute a step")
-    print("opens: files opened, made or removed by all ranks at the start, for a checkpoint, and a second in between")
+    print("opens: files opened, made or removed by all ranks: at the start, for a checkpoint, a second")
     header = ("ranks", "step s", "msgs s", "node MB/s", "store MB/s", "save s", "start s", "resume s")
     print_table((*header, "opens", "a save", "a second"), rows)
     print(
