@@ -19,6 +19,7 @@ from engine.config.cache import HiddenSection
 from engine.config.checks import check_cache
 from engine.config.resolve import DataFacts, read_deepspeed_json, resolve
 from engine.config.run import RunConfig
+from engine.data.client import CLIENT
 from engine.data.collate import collate
 from engine.data.shards import ShardSet
 from engine.errors import DataError
@@ -46,6 +47,7 @@ class Asker:
     def __init__(self, config: RunConfig, device: torch.device) -> None:
         check_cache(config)
         self._config, self._device = config, device
+        CLIENT.set_patience(config.data.retry_seconds, config.data.server_timeout_seconds)
         self.shards = ShardSet.open(config.data.manifest, allow_pipe=config.data.allow_pipe)
         manifest = self.shards.manifest
         content, name = read_deepspeed_json(config.zero)

@@ -8,20 +8,20 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from engine.cache.journal import Journal
+from engine.cache.journal import Journal, records_kept
 from engine.cache.recording import build_recorder
 from engine.checkpoint import CheckpointStore
 from engine.cost import peak_flops, training_flops_per_token
 from engine.data.loader import Loader
 from engine.data.order import DataOrder
-from engine.data.shards import ShardSet
 from engine.dist import StopSignal
 from engine.evaluation import Evaluator
 from engine.losses.objective import Objective, Shape
 from engine.metrics import RecordMaker
-from engine.parts import Parts, Place
+from engine.parts import Parts, Place, open_shards
 from engine.redaction import redact_all
 from engine.resume import load_checkpoint, open_run_folder
+from engine.sharing import read_by_main
 from engine.state import TrainState
 from engine.student.module import StudentWithObjective
 from engine.teacher.cached import CachedTargets, Live
@@ -55,7 +55,7 @@ def build_trainer(
     source: TargetSource = NoTeacher()
     cached = None
     if parts.cache is not None:
-        source = cached = CachedTargets(parts.cache, manifest, config.teacher.tail, place.device, _live(parts))
+        source = cached = CachedTargets(parts.cache, manifest, config.teacher.tail, place.device, _live(parts, place))
     elif parts.teacher is not None and objective.needs_targets:
         source = OnlineTeacher(parts.teacher, parts.task.model_inputs, hidden_states=objective.needs_hidden_states)
     torch.manual_seed(config.run.seed + place.ranks.rank)  # dropout differs over the ranks
@@ -139,7 +139,7 @@ def _evaluator(parts: Parts, objective: Objective, place: Place) -> Evaluator | 
     if section.manifest is None:
         return None
     return Evaluator(
-        ShardSet.open(section.manifest, allow_pipe=parts.run.config.data.allow_pipe),
+        open_shards(section.manifest, parts.run.config.data.allow_pipe, place),
         parts.task,
         objective,
         max_sequences=section.max_sequences,
@@ -149,15 +149,17 @@ def _evaluator(parts: Parts, objective: Objective, place: Place) -> Evaluator | 
     )
 
 
-def _live(parts: Parts) -> Live | None:
+def _live(parts: Parts, place: Place) -> Live | None:
     """The teacher that is asked for what the cache lacks."""
-    if parts.teacher is None or parts.cache is None:
+    cache, manifest = parts.cache, parts.shards.manifest
+    if parts.teacher is None or cache is None:
         return None
+    places = read_by_main(place.control, lambda: records_kept(cache, manifest), f"{cache.address}: its journal")
     section = parts.run.config.cache
     layers = getattr(section.codec, "layers", ())
     teacher = OnlineTeacher(parts.teacher, parts.task.model_inputs, hidden_states=bool(layers))
-    recorder = build_recorder(section, parts.cache.ranks(), teacher.head, parts.shards.manifest.vocab_size)
-    return Live(teacher, recorder, Journal(parts.cache, parts.shards.manifest))
+    recorder = build_recorder(section, cache.ranks(), teacher.head, manifest.vocab_size)
+    return Live(teacher, recorder, Journal(cache, manifest, places))
 
 
 def _teacher_shape(parts: Parts) -> Shape | None:

@@ -192,7 +192,7 @@ class CheckpointStore:
                 )
             if time.monotonic() > deadline:
                 raise CheckpointError(f"{marks.parent}: {len(done)} ranks were done after {PATIENCE_SECONDS:.0f} s")
-            time.sleep(POLL_SECONDS)
+            time.sleep(POLL_SECONDS * (1 + self._control.ranks.world_size / 64))  # each look lists as many names
 
     def _prune(self) -> None:
         whole = complete_checkpoints(self.folder)

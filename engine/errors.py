@@ -27,6 +27,10 @@ class MissingError(DataError):
     """A file that is named is not there."""
 
 
+class StoreError(DataError):
+    """A server does not answer, or gives another file than before: no record is to blame, so none is left out."""
+
+
 class CacheError(StillhouseError):
     """A cache of teacher targets is missing, damaged or made for something else."""
 

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -55,16 +56,14 @@ class EvenlySpaced:
 
     def __init__(self, samples_per_shard: list[int], count: int) -> None:
         self.sequences_per_epoch = count
-        self._counts = samples_per_shard
+        self._ends = np.cumsum(samples_per_shard)
         self._num_samples = sum(samples_per_shard)
 
     def locate(self, sequence: int) -> Location:
         place = sequence * self._num_samples // self.sequences_per_epoch
-        for shard, count in enumerate(self._counts):
-            if place < count:
-                return Location(0, shard, place)
-            place -= count
-        raise AssertionError("sequence is out of range")
+        shard = int(np.searchsorted(self._ends, place, side="right"))
+        assert shard < len(self._ends), "sequence is out of range"
+        return Location(0, shard, place - (int(self._ends[shard - 1]) if shard else 0))
 
 
 class Evaluator:

@@ -8,6 +8,7 @@ from typing import Protocol
 
 import torch
 
+from engine.data.client import Traffic
 from engine.losses.block import METRICS
 from engine.losses.objective import Objective, StepContext
 from engine.state import TrainState
@@ -44,6 +45,7 @@ class RecordMaker:
         self._num_steps, self._world_size, self._device = num_steps, world_size, device
         self._flops_per_token, self._peak_flops = flops_per_token, peak_flops
         self._labels = self._tokens = self._metric_labels = 0
+        self._traffic, self._has_server = Traffic(), False
         self._first_step = self._num_steps_counted = 0
         self._began = self._mark = 0.0
 
@@ -56,6 +58,11 @@ class RecordMaker:
         self._tokens += context.num_tokens
         self._metric_labels += context.num_labels if context.with_metrics else 0
         self._num_steps_counted += 1
+
+    def add_traffic(self, traffic: Traffic) -> None:
+        """What all ranks asked of shard servers."""
+        self._traffic = Traffic(*map(sum, zip(self._traffic, traffic)))
+        self._has_server = self._has_server or traffic.num_requests > 0
 
     def make(
         self, state: TrainState, sums: list[float], seconds: dict[str, float], engine: EngineFigures, epoch: float
@@ -81,6 +88,14 @@ class RecordMaker:
         if self._peak_flops:
             record["throughput/mfu"] = per_second * self._flops_per_token / (self._world_size * self._peak_flops)
         record |= {f"seconds/{name}": value / self._num_steps_counted for name, value in seconds.items()}
+        if self._has_server:
+            record |= {
+                "data/requests": self._traffic.num_requests,
+                "data/retries": self._traffic.num_retries,
+                "data/bytes_read": self._traffic.num_bytes,
+                "data/seconds_waiting_for_server": self._traffic.waiting_milliseconds / 1000,
+            }
+        self._traffic = Traffic()
         self._labels = self._tokens = self._metric_labels = self._num_steps_counted = 0
         return record
 

@@ -15,12 +15,14 @@ from engine.cache.folder import CacheFolder
 from engine.cache.journal import fold
 from engine.config.resolve import Accelerator, DataFacts, ResolvedRun, read_deepspeed_json, resolve
 from engine.config.run import RunConfig
+from engine.data.client import CLIENT
 from engine.data.shards import ShardSet
 from engine.dist import Control, Ranks
-from engine.errors import CacheError, ConfigError, StillhouseError
+from engine.errors import CacheError, ConfigError, DataError
 from engine.losses.head import HeadTap, check_head, describe_head
 from engine.models import DTYPES, cast, load_model, move
 from engine.schema import map_tensors
+from engine.sharing import read_by_main
 from engine.student.build import BuiltStudent, build_student
 from engine.tasks.packing_trial import check_packing, toy_inputs
 from engine.tasks.task import Task, build_task
@@ -73,7 +75,8 @@ def accelerator_of(device: torch.device) -> Accelerator:
 
 def build_parts(config: RunConfig, place: Place) -> Parts:
     """Resolve the run, load its models, and check that all of it fits together. Needs no DeepSpeed."""
-    shards = ShardSet.open(config.data.manifest, allow_pipe=config.data.allow_pipe)
+    CLIENT.set_patience(config.data.retry_seconds, config.data.server_timeout_seconds)
+    shards = open_shards(config.data.manifest, config.data.allow_pipe, place)
     manifest = shards.manifest
     content, name = read_deepspeed_json(config.zero)
     run = resolve(
@@ -96,7 +99,8 @@ def build_parts(config: RunConfig, place: Place) -> Parts:
         run.precision,
     )
     tokenizer = shared_tokenizer(config)
-    task = build_task(config.task, tokenizer, manifest, shards.token_counts())
+    counts = read_by_main(place.control, shards.token_counts, "the counts of the tokens", DataError)
+    task = build_task(config.task, tokenizer, manifest, counts)
     asked = config.teacher.kind == "online" or config.teacher.on_missing == "ask"
     teacher = None
     if asked or config.student.init is not None:
@@ -116,37 +120,36 @@ def build_parts(config: RunConfig, place: Place) -> Parts:
     return Parts(run, shards, tokenizer, task, student, teacher, cache)
 
 
+def open_shards(manifest_address: str, allow_pipe: bool, place: Place) -> ShardSet:
+    """The shards; rank 0 reads the manifest for all. Collective."""
+    packed = read_by_main(
+        place.control, lambda: ShardSet.pack(manifest_address, allow_pipe=allow_pipe), manifest_address, DataError
+    )
+    return ShardSet.unpack(manifest_address, packed, allow_pipe=allow_pipe)
+
+
 def _cache(
     config: RunConfig, shards: ShardSet, place: Place, precision: str, teacher: PreTrainedModel | None
 ) -> CacheFolder:
     """The cache, checked against teacher.model if one is given: rank 0 reads the weights, and prepares it, for all."""
-    problem: StillhouseError | None = None
-    cache: CacheFolder | None = None
-    if place.control.is_main:
-        try:
-            fingerprint = None
-            if config.teacher.on_missing == "ask" and teacher is not None:
-                tap = HeadTap(teacher)
-                tap.remove()
-                head = describe_head(tap.module, teacher.config)
-                check_layers(config, head, teacher.config)
-                head = map_tensors(head, lambda tensor: tensor.to(DTYPES[precision]))
-                joined = join_cache(config, shards, head, precision)
-                fold(joined, shards.manifest)
-                fingerprint = joined.identity.teacher
-            elif config.teacher.model is not None:
-                fingerprint = fingerprint_teacher(config.teacher)
-            cache = open_cache(config, shards.manifest, fingerprint)
-        except StillhouseError as error:
-            problem = error
-        except Exception as error:  # a full disk, a damaged file: whatever it is, the other ranks are waiting
-            problem = CacheError(
-                f"the cache {config.teacher.cache} cannot be prepared: {type(error).__name__}: {error}"
-            )
-    problem = place.control.from_main(problem)
-    if problem is not None:
-        raise problem
-    cache = cache or open_cache(config, shards.manifest, None)
+
+    def prepare() -> tuple[str, bytes, dict[str, bytes]]:
+        fingerprint = None
+        if config.teacher.on_missing == "ask" and teacher is not None:
+            tap = HeadTap(teacher)
+            tap.remove()
+            head = describe_head(tap.module, teacher.config)
+            check_layers(config, head, teacher.config)
+            head = map_tensors(head, lambda tensor: tensor.to(DTYPES[precision]))
+            joined = join_cache(config, shards, head, precision)
+            fold(joined, shards.manifest)
+            fingerprint = joined.identity.teacher
+        elif config.teacher.model is not None:
+            fingerprint = fingerprint_teacher(config.teacher)
+        return open_cache(config, shards.manifest, fingerprint).pack()
+
+    what = f"the cache {config.teacher.cache} cannot be prepared"
+    cache = CacheFolder.unpack(*read_by_main(place.control, prepare, what, CacheError))
     codec = cache.identity.codec["kind"]
     log.info("teacher: %s, from the cache %s (%s)", cache.identity.teacher_name, cache.address, codec)
     return cache

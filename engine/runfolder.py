@@ -33,6 +33,8 @@ FREE_TO_CHANGE = (
     "data.reader_threads",
     "data.prefetch_steps",
     "data.max_bad_samples",
+    "data.retry_seconds",
+    "data.server_timeout_seconds",
     "data.manifest",
     "teacher.cache",
     "teacher.on_missing",

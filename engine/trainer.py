@@ -13,6 +13,7 @@ import torch
 
 from engine.checkpoint import CheckpointStore
 from engine.config.resolve import ResolvedRun
+from engine.data.client import CLIENT, Traffic
 from engine.dist import Control, StopSignal
 from engine.errors import DataError, StillhouseError, TrainingError
 from engine.evaluation import Evaluator
@@ -113,7 +114,7 @@ class Trainer:
         failed = isinstance(fetched, StillhouseError)
         batches = () if isinstance(fetched, StillhouseError) else fetched.micro_batches
         not_finite = self.meter.not_finite() if self._checks_now() else []
-        labels, tokens, bad, num_failed, num_stop, num_not_finite = self.control.sum(
+        labels, tokens, bad, num_failed, num_stop, num_not_finite, *traffic = self.control.sum(
             [
                 sum(batch.num_labels for batch in batches),
                 sum(batch.num_tokens for batch in batches),
@@ -121,8 +122,10 @@ class Trainer:
                 int(failed),
                 int(self.stop.received is not None),
                 len(not_finite),
+                *CLIENT.take(),
             ]
         )
+        self.records.add_traffic(Traffic(*traffic))
         if num_failed:
             self._raise_together(fetched if isinstance(fetched, StillhouseError) else None)
         if bad > self.run.config.data.max_bad_samples:

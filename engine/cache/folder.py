@@ -15,6 +15,7 @@ import hashlib
 import io
 import json
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 
@@ -64,9 +65,11 @@ def sidecar_name(shard: str) -> str:
 class CacheFolder:
     """One cache, at the address of its cache.json. Any thread may use it."""
 
-    def __init__(self, address: str, identity: CacheIdentity) -> None:
+    def __init__(self, address: str, identity: CacheIdentity, known: Mapping[str, bytes] | None = None) -> None:
+        """``known`` are files that another rank has read and checked, by name."""
         self.address = address
         self.identity = identity
+        self._known = dict(known or {})
         self._blocks: OnceCache[tuple[str, int], bytes] = OnceCache(_REMOTE_BYTES // BLOCK_BYTES)
 
     @staticmethod
@@ -77,6 +80,15 @@ class CacheFolder:
         except MissingError as problem:
             raise CacheError(f"{address}: there is no cache; make it with launch/cache_teacher.py") from problem
         return CacheFolder(address, CacheIdentity.from_json(content, address))
+
+    def pack(self) -> tuple[str, bytes, dict[str, bytes]]:
+        """For ``CacheFolder.unpack`` on other ranks: what each needs of the small files."""
+        return self.address, self.identity.to_json(), {RANKS: self._checked(RANKS, self.identity.ranks_sha256)}
+
+    @staticmethod
+    def unpack(address: str, identity: bytes, known: dict[str, bytes]) -> CacheFolder:
+        """What was packed; touches no file."""
+        return CacheFolder(address, CacheIdentity.from_json(identity, address), known)
 
     @staticmethod
     def create_or_join(address: str, identity: CacheIdentity, files: dict[str, bytes]) -> CacheFolder:
@@ -220,8 +232,10 @@ class CacheFolder:
         return RemoteFile(address, self._blocks) if is_remote(address) else LocalFile(address)
 
     def _checked(self, name: str, sha256: str) -> bytes:
+        if name in self._known:
+            return self._known[name]
         address = beside(self.address, name)
-        content = read_bytes(address)
+        content = read_bytes(address, sha256)
         if hashlib.sha256(content).hexdigest() != sha256:
             raise CacheError(f"{address}: not the file that {IDENTITY} names (sha256 differs); copy the cache again")
         return content

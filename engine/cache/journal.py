@@ -47,15 +47,15 @@ class Entry(NamedTuple):
 class Journal:
     """The records that were kept before, and a file for those of this process."""
 
-    def __init__(self, folder: CacheFolder, data: Manifest) -> None:
+    def __init__(
+        self, folder: CacheFolder, data: Manifest, places: Mapping[tuple[str, int], Place] | None = None
+    ) -> None:
+        """``places`` are what ``records_kept`` found, for all ranks together."""
         self._folder = folder.path / JOURNAL
         self._own = self._folder / f"{secrets.token_hex(8)}.journal"
-        self._places: dict[tuple[str, int], Place] = {}
+        self._places = dict(records_kept(folder, data) if places is None else places)
         self._sha256 = {entry.name: entry.sha256 for entry in data.shards}
         self._writes = True
-        for path in sorted(files_below(self._folder, ".journal")):
-            for shard, number, place in _scan(path, self._sha256):
-                self._places.setdefault((shard, number), place)
 
     def find(self, shard: str, number: int) -> Record | None:
         """Record ``number`` of a shard, if some run asked for it."""
@@ -96,6 +96,16 @@ class Journal:
             log.warning("%s: answers are not kept any more (%s)", self._own, problem.strerror or problem)
             return
         self._places[shard, number] = Place(self._own, start, len(line) + len(record.content))
+
+
+def records_kept(folder: CacheFolder, data: Manifest) -> dict[tuple[str, int], Place]:
+    """By shard and number, what all journals hold. With as many journals as ranks, one rank should look for all."""
+    sha256 = {entry.name: entry.sha256 for entry in data.shards}
+    places: dict[tuple[str, int], Place] = {}
+    for path in sorted(files_below(folder.path / JOURNAL, ".journal")):
+        for shard, number, place in _scan(path, sha256):
+            places.setdefault((shard, number), place)
+    return places
 
 
 def fold(folder: CacheFolder, data: Manifest) -> None:

@@ -130,7 +130,9 @@ class Sidecar:
                 f"{address}: {source.num_bytes:,} bytes, expected {expected:,} by its header; the file is cut short "
                 f"or damaged: {REMEDY}"
             )
-        index = head[HEAD_BYTES - NPY_BYTES :] + source.read(HEAD_BYTES, end)
+        index = source.read(HEAD_BYTES - NPY_BYTES, end)
+        if hashlib.sha256(index).hexdigest() != self.header.index_sha256:
+            index = source.read(HEAD_BYTES - NPY_BYTES, end, anew=True)
         if hashlib.sha256(index).hexdigest() != self.header.index_sha256:
             raise CacheError(f"{address}: its index is damaged (sha256 differs); {REMEDY}")
         self.index = np.frombuffer(index, INDEX_DTYPE, offset=NPY_BYTES)
@@ -146,6 +148,8 @@ class Sidecar:
         """Record ``number`` = sample * num_rounds + round. Raises DataError when it is damaged."""
         entry, start = self.index[number], int(self._offsets[number])
         content = self._source.read(start, start + int(entry["num_bytes"]))
+        if zlib.crc32(content) != entry["crc32"]:
+            content = self._source.read(start, start + int(entry["num_bytes"]), anew=True)
         if zlib.crc32(content) != entry["crc32"]:
             raise DataError(f"{self.place(number)}: flipped bits (its CRC-32 differs); {REMEDY}")
         return Record(content, int(entry["input_hash"]), float(entry["nll"]), float(entry["entropy"]))

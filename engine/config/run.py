@@ -150,6 +150,11 @@ class DataSection(Section):
     latency of http(s)://, s3:// and slow shared disks."""
     prefetch_steps: Count = 2
     """Steps kept ready."""
+    retry_seconds: NonNegative = 300.0
+    """How long a shard server that fails (5xx, 429, closed or broken connections, names that do not resolve) is asked
+    again for a file before the run stops. The time begins anew when it sends some of it."""
+    server_timeout_seconds: Annotated[float, Field(gt=0)] = 30.0
+    """A request of a server that sends nothing for so long has failed. One that sends slowly has not."""
     max_bad_samples: Annotated[int, Field(ge=0)] = 0
     """Damaged records to skip, over the whole run and all ranks, before the run stops."""
     allow_pipe: bool = False

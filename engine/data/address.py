@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import os
 import re
 import threading
-import time
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
 from concurrent.futures import Future
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Generic, Protocol, TypeVar
 from urllib.parse import urlsplit, urlunsplit
 
+from engine.data.bucket import Bucket
+from engine.data.client import CLIENT, Store
+from engine.data.web import Web
 from engine.errors import DataError, MissingError
 
 PIPE = "pipe:"
@@ -23,7 +25,6 @@ BLOCK_BYTES = 4 << 20
 """A remote file is read in aligned blocks of this size, so that a shuffled window is a few requests."""
 
 _REMOTE = ("http", "https", "s3")
-_RETRY_SECONDS = (0.5, 1.0, 2.0, 4.0)
 _SAFE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*(/[A-Za-z0-9_][A-Za-z0-9._-]*)*")
 
 Key = TypeVar("Key", bound=Hashable)
@@ -35,8 +36,8 @@ class ByteSource(Protocol):
 
     num_bytes: int
 
-    def read(self, start: int, end: int) -> bytes:
-        """Bytes [start, end); fewer only when the file ends early."""
+    def read(self, start: int, end: int, *, anew: bool = False) -> bytes:
+        """Bytes [start, end); fewer only when the file ends early. ``anew`` distrusts copies on the way."""
 
 
 def is_remote(address: str) -> bool:
@@ -47,12 +48,17 @@ def is_remote(address: str) -> bool:
     return bool(separator)
 
 
+def is_safe_name(name: str) -> bool:
+    """Whether the name stays in its folder."""
+    return _SAFE_NAME.fullmatch(name) is not None
+
+
 def beside(manifest_address: str, name: str) -> str:
     """The address of file ``name`` of the folder that holds the manifest.
 
     Raises DataError when the name leads out of that folder: a manifest from elsewhere must not choose what is read.
     """
-    if not _SAFE_NAME.fullmatch(name):
+    if not is_safe_name(name):
         raise DataError(
             f"{manifest_address}: refused the file name {name!r}; a manifest may only name files below its own "
             "folder, made of letters, digits and . _ - /"
@@ -63,14 +69,19 @@ def beside(manifest_address: str, name: str) -> str:
     return urlunsplit(parts._replace(path=parts.path.rpartition("/")[0] + "/" + name))
 
 
-def read_bytes(address: str) -> bytes:
-    """The whole file. Raises DataError when it is missing or cannot be read."""
+def read_bytes(address: str, sha256: str | None = None) -> bytes:
+    """The whole file. Raises DataError when it is missing or cannot be read.
+
+    With a ``sha256`` a copy from the network that has another is fetched anew once; to judge it is the caller's.
+    """
     if is_remote(address):
-        return _ask(address, lambda files, path: files.cat_file(path))
-    try:
+        with _naming(address):
+            content = CLIENT.read_whole(address, _store_of(address))
+            if sha256 is not None and hashlib.sha256(content).hexdigest() != sha256:
+                content = CLIENT.read_whole(address, _store_of(address), anew=True)
+            return content
+    with _naming(address):
         return Path(address).read_bytes()
-    except OSError as problem:
-        raise _unreadable(address, problem) from problem
 
 
 def sha256_of(source: ByteSource) -> str:
@@ -86,18 +97,14 @@ class LocalFile:
 
     def __init__(self, address: str) -> None:
         self._address = address
-        try:
+        with _naming(address):
             self._descriptor = os.open(address, os.O_RDONLY)
-        except OSError as problem:
-            raise _unreadable(address, problem) from problem
         weakref.finalize(self, os.close, self._descriptor)
         self.num_bytes = os.fstat(self._descriptor).st_size
 
-    def read(self, start: int, end: int) -> bytes:
-        try:
+    def read(self, start: int, end: int, *, anew: bool = False) -> bytes:
+        with _naming(self._address):
             return os.pread(self._descriptor, end - start, start)
-        except OSError as problem:
-            raise _unreadable(self._address, problem) from problem
 
 
 class OnceCache(Generic[Key, Value]):
@@ -127,6 +134,11 @@ class OnceCache(Generic[Key, Value]):
             made_here.set_exception(problem)
         return made_here.result()
 
+    def forget(self, key: Key) -> None:
+        """The value is made anew when it is next asked for."""
+        with self._lock:
+            self._values.pop(key, None)
+
 
 class RemoteFile:
     """A file behind http(s):// or s3://, read by range requests through ``blocks``, which all files share."""
@@ -134,54 +146,42 @@ class RemoteFile:
     def __init__(self, address: str, blocks: OnceCache[tuple[str, int], bytes]) -> None:
         self._address = address
         self._blocks = blocks
-        self.num_bytes: int = _ask(address, lambda files, path: files.size(path)) or 0
+        self._store = _store_of(address)
+        with _naming(address):
+            self._stat = CLIENT.stat(address, self._store)
+        self.num_bytes = self._stat.num_bytes
 
-    def read(self, start: int, end: int) -> bytes:
+    def read(self, start: int, end: int, *, anew: bool = False) -> bytes:
         first, last = start // BLOCK_BYTES, (end - 1) // BLOCK_BYTES
-        blocks = b"".join(self._block(block) for block in range(first, last + 1))
+        blocks = b"".join(self._block(block, anew) for block in range(first, last + 1))
         return blocks[start - first * BLOCK_BYTES : end - first * BLOCK_BYTES]
 
-    def _block(self, block: int) -> bytes:
-        return self._blocks.get((self._address, block), lambda: self._fetch(block))
+    def _block(self, block: int, anew: bool) -> bytes:
+        key = (self._address, block)
+        if anew:
+            self._blocks.forget(key)
+        return self._blocks.get(key, lambda: self._fetch(block, anew))
 
-    def _fetch(self, block: int) -> bytes:
+    def _fetch(self, block: int, anew: bool) -> bytes:
         start = block * BLOCK_BYTES
         end = min(start + BLOCK_BYTES, self.num_bytes)
-        content: bytes = _ask(self._address, lambda files, path: files.cat_file(path, start=start, end=end))
-        if len(content) != end - start:
-            raise DataError(
-                f"{self._address}: asked for bytes {start:,} to {end:,}, got {len(content):,} bytes; "
-                "the server must answer range requests"
-            )
-        return content
+        with _naming(self._address):
+            return CLIENT.read(self._address, self._store, start, end, self._stat, anew=anew)
 
 
-def _ask(address: str, question: Callable[[Any, str], Any]) -> Any:
-    """The answer of the file system behind ``address``; tries again a few times, but not for a file that is absent."""
-    import fsspec
-
-    for pause_seconds in (*_RETRY_SECONDS, None):
-        try:
-            files, path = fsspec.core.url_to_fs(address)
-            return question(files, path)
-        except Exception as problem:  # each file system behind fsspec raises its own types
-            if _is_absent(problem) or isinstance(problem, ImportError):
-                raise _unreadable(address, problem) from problem
-            if pause_seconds is None:
-                raise _unreadable(address, problem, tries=len(_RETRY_SECONDS) + 1) from problem
-            time.sleep(pause_seconds)
-    raise AssertionError("the last try either returns or raises")
+def _store_of(address: str) -> Store:
+    return Bucket() if address.startswith("s3://") else Web()
 
 
-def _is_absent(problem: BaseException) -> bool:
-    """fsspec's http file system also calls a file absent when the server was too busy to say how long it is."""
-    hidden = problem.__cause__
-    by_http = type(hidden).__module__.startswith("aiohttp") and getattr(hidden, "status", None) != 404
-    return isinstance(problem, FileNotFoundError) and not by_http and not isinstance(hidden, asyncio.TimeoutError)
-
-
-def _unreadable(address: str, problem: Exception, tries: int = 1) -> DataError:
-    if _is_absent(problem):
-        return MissingError(f"{address}: no such file; check the path, or copy or build the shards there")
-    after = f" after {tries} tries" if tries > 1 else ""
-    return DataError(f"{address}: cannot be read{after} ({type(problem).__name__}: {problem.__cause__ or problem})")
+@contextmanager
+def _naming(address: str) -> Iterator[None]:
+    """Errors of whatever reads say of which file they are, and what can be done."""
+    try:
+        yield
+    except DataError:
+        raise
+    except FileNotFoundError as problem:
+        raise MissingError(f"{address}: no such file; check the path, or copy or build the shards there") from problem
+    except Exception as problem:  # each file system raises its own types
+        why = f"{type(problem).__name__}: {problem.__cause__ or problem}"
+        raise DataError(f"{address}: cannot be read ({why})") from problem

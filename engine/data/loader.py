@@ -17,7 +17,7 @@ import torch
 from engine.data.collate import Labelled, collate
 from engine.data.manifest import Manifest
 from engine.data.order import Location
-from engine.errors import DataError
+from engine.errors import DataError, StoreError
 from engine.schema import Batch, CachedStates, Sample, SparseTargets, StepBatches, Unanswered
 
 log = logging.getLogger("stillhouse")
@@ -139,6 +139,8 @@ class Loader:
             try:
                 sample = self._shards.read(location.shard, location.index)
                 record = self._cached.fetch(location) if self._cached else None
+            except StoreError:
+                raise  # no record is damaged: to leave some out would cost data
             except DataError as error:
                 damage.append(error)
                 shard = self._shards.manifest.shards[location.shard].name

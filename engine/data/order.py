@@ -47,7 +47,9 @@ class DataOrder:
         self._window = max(1, shuffle_samples)
         self._counts = np.asarray(samples_per_shard, dtype=np.int64)
         self._lines: OrderedDict[int, tuple[np.ndarray, np.ndarray]] = OrderedDict()
-        self._windows: OrderedDict[tuple[int, int, int], np.ndarray] = OrderedDict()
+        self._windows: dict[int, tuple[tuple[int, int], np.ndarray]] = {}
+        """by lane: the window that it is in, and its order. A lane never goes back, so one each is enough, and a rank
+        keeps those of its own lanes alone"""
 
     def locate(self, sequence: int) -> Location:
         """Where sequence ``sequence`` of the run lies."""
@@ -58,13 +60,12 @@ class DataOrder:
         return self._on_line(epoch, start + int(self._window_order(epoch, lane, window)[in_window]))
 
     def _window_order(self, epoch: int, lane: int, window: int) -> np.ndarray:
-        name = (epoch, lane, window)
-        if name not in self._windows:
+        kept = self._windows.get(lane)
+        if kept is None or kept[0] != (epoch, window):
             size = min(self._window, self.lane_samples - window * self._window)
-            self._windows[name] = permutation(fold("window", self._seed, epoch, lane, window), size)
-            if len(self._windows) > 2 * self.lanes:
-                self._windows.popitem(last=False)
-        return self._windows[name]
+            order = permutation(fold("window", self._seed, epoch, lane, window), size)
+            kept = self._windows[lane] = (epoch, window), order
+        return kept[1]
 
     def _on_line(self, epoch: int, on_line: int) -> Location:
         """The samples left over by the cut are rotated, so that over epochs none is favoured."""

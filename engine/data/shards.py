@@ -27,6 +27,7 @@ from engine.data.address import (
     RemoteFile,
     beside,
     is_remote,
+    is_safe_name,
     read_bytes,
     sha256_of,
 )
@@ -48,10 +49,9 @@ class _OpenShard:
 
 
 class ShardSet:
-    """The shards of one manifest; any thread may read any sample at any time.
-
-    ``cache_bytes`` bounds the blocks of remote shards kept in memory. To read shuffled windows without fetching a
-    block twice it must hold the windows being read at once: about 2 * BLOCK_BYTES a lane, more for long sequences.
+    """The shards of one manifest; any thread may read any sample at any time. ``cache_bytes`` bounds the blocks of
+    remote shards kept in memory. To read shuffled windows without fetching a block twice it must hold the windows being
+    read at once: about 2 * BLOCK_BYTES a lane, more for long sequences.
     """
 
     def __init__(
@@ -70,18 +70,30 @@ class ShardSet:
         ``allow_pipe`` lets the address and the manifest name ``pipe:`` commands, which are run by a shell.
         Raises DataError when the manifest is missing, of another format, or names a file that is refused.
         """
-        content = _read_whole(manifest_address, allow_pipe)
-        manifest = Manifest.from_json(content.decode("utf-8", "replace"), manifest_address)
+        packed = ShardSet.pack(manifest_address, allow_pipe=allow_pipe)
+        return ShardSet.unpack(manifest_address, packed, allow_pipe=allow_pipe, cache_bytes=cache_bytes)
+
+    @staticmethod
+    def pack(manifest_address: str, *, allow_pipe: bool = False) -> bytes:
+        """The manifest for ``unpack`` on other ranks; of 100,000 shards 10 MB."""
+        return zlib.compress(_read_whole(manifest_address, allow_pipe), level=1)
+
+    @staticmethod
+    def unpack(
+        manifest_address: str, packed: bytes, *, allow_pipe: bool = False, cache_bytes: int = CACHE_BYTES
+    ) -> ShardSet:
+        """As ``open``, of a manifest read before."""
+        manifest = Manifest.from_json(zlib.decompress(packed).decode("utf-8", "replace"), manifest_address)
         shards = ShardSet(manifest_address, manifest, allow_pipe=allow_pipe, cache_bytes=cache_bytes)
-        for entry in manifest.shards:
-            shards.address_of(entry.name)
-            shards.address_of(entry.index)
+        for name in (name for entry in manifest.shards for name in (entry.name, entry.index)):
+            if not is_safe_name(name):  # then it is a command or refused
+                shards.address_of(name)
         return shards
 
     def token_counts(self) -> np.ndarray:
         """[vocab_size] int64: how often each id occurs in the data. Raises DataError when missing or damaged."""
         address = self.address_of(TOKEN_COUNTS)
-        content = read_bytes(address)
+        content = read_bytes(address, self.manifest.token_counts_sha256)
         if hashlib.sha256(content).hexdigest() != self.manifest.token_counts_sha256:
             raise DataError(f"{address}: not the file that the manifest names (sha256 differs); copy or build it again")
         return _load_array(content, address, np.dtype("<i8"), self.manifest.vocab_size)
@@ -96,6 +108,8 @@ class ShardSet:
         opened = self._opened.get(shard, lambda: self._open(entry))
         offset, num_bytes, crc32 = opened.index[index].item()
         record = opened.source.read(offset, offset + num_bytes)
+        if zlib.crc32(record) != crc32:  # perhaps by a proxy on the way
+            record = opened.source.read(offset, offset + num_bytes, anew=True)
         try:
             if zlib.crc32(record) != crc32:
                 raise diagnose(record)
@@ -158,7 +172,7 @@ class ShardSet:
 
     def _read_index(self, entry: ShardEntry) -> np.ndarray:
         address = self.address_of(entry.index)
-        content = _read_whole(address, self._allow_pipe)
+        content = _read_whole(address, self._allow_pipe, entry.index_sha256)
         if hashlib.sha256(content).hexdigest() != entry.index_sha256:
             raise DataError(
                 f"{address}: not the index that the manifest names (sha256 differs); copy or build {entry.name} again"
@@ -258,9 +272,9 @@ def _load_array(content: bytes, address: str, dtype: np.dtype, length: int) -> n
     return array
 
 
-def _read_whole(address: str, allow_pipe: bool) -> bytes:
+def _read_whole(address: str, allow_pipe: bool, sha256: str | None = None) -> bytes:
     if not address.startswith(PIPE):
-        return read_bytes(address)
+        return read_bytes(address, sha256)
     _check_pipe(address, allow_pipe)
     content = io.BytesIO()
     _run_pipe(address, content)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import queue
 import secrets
+import shlex
 import sys
 import threading
 import time
@@ -18,14 +20,15 @@ from engine.redaction import redact_words
 
 RUN_ID = "wandb_id"
 QUEUE_RECORDS = 1000
-CLOSE_SECONDS = 30.0
+START_SECONDS, CLOSE_SECONDS = 60.0, 30.0
 
 
 class WandbRun:
     """One wandb run, the same one after a resume: its id is kept in the run folder.
 
-    What fails there is told once. Records that find the queue full (an outage) are dropped from wandb and counted;
-    metrics.jsonl has them all.
+    Where it cannot be reached at the start, the run is kept offline; where it goes away later, wandb keeps what it
+    could not send; the log then has the command that sends it. What fails is told once. Records that find the queue
+    full (an outage) are dropped from wandb and counted; metrics.jsonl has them all.
     """
 
     def __init__(self, run_folder: Path, config: TrackingSection, run_name: str, resolved: Mapping[str, Any]) -> None:
@@ -78,46 +81,67 @@ class WandbRun:
             try:
                 run.log({"step": step, **metrics})
             except BaseException as error:
-                self._warn("log", error)
+                self._warn("log", error, run)
         if run is not None:
             try:
                 run.finish(exit_code=self._exit_code)
             except BaseException as error:
-                self._warn("finish", error)
+                self._warn("finish", error, run)
 
     def _start(self) -> Any:
+        """The run online, as asked for, or else offline: its files are there to be sent when the network is."""
         import wandb
 
-        if self._mode == "online" and not wandb.login(prompt=False):
+        why = None
+        if self._mode == "online":
+            try:
+                if wandb.login(prompt=False):
+                    return self._open(wandb, "online")
+                why = "there is no key: set WANDB_API_KEY, or run `wandb login`"
+            except BaseException as error:
+                why = f"{type(error).__name__}: {error}"
+                wandb.teardown()  # the run that did not begin would keep its id to itself
+        run = self._open(wandb, "offline")
+        if why is not None:
             logger.warning(
-                "wandb: online was asked for but there is no key, so the run is kept offline in %s/wandb; "
-                "set WANDB_API_KEY, or run `wandb login` and later `wandb sync` on that folder",
-                self._settings["dir"],
+                "wandb: online was asked for, but %s; training goes on and the run is kept offline. Afterwards: %s",
+                why,
+                _sync_command(run),
             )
-            self._mode = "offline"
-        quiet = wandb.Settings(
+        return run
+
+    def _open(self, wandb: Any, mode: str) -> Any:
+        known = getattr(wandb.Settings, "model_fields", {})
+        settings = wandb.Settings(
             console="off",
             silent=True,
-            finish_timeout=0.8 * CLOSE_SECONDS,
+            init_timeout=START_SECONDS,
             x_disable_meta=redact_words(sys.argv) != sys.argv,  # it would keep the command as it is
+            finish_timeout=0.8 * CLOSE_SECONDS,
+            **({"finish_timeout_raises": True} if "finish_timeout_raises" in known else {}),
         )
-        run = wandb.init(**self._settings, mode=self._mode, settings=quiet)
+        run = wandb.init(**self._settings, mode=mode, settings=settings)
         # an axis of our own: wandb refuses a step that it has seen, and a resumed run makes some of them again
         run.define_metric("step")
         run.define_metric("*", step_metric="step")
-        if self._mode == "online":
+        if mode == "online":
             logger.info("wandb: %s", run.url)
         return run
 
-    def _warn(self, action: str, error: BaseException) -> None:
+    def _warn(self, action: str, error: BaseException, run: Any = None) -> None:
         if not self._warned:
             logger.warning(
-                "wandb could not %s (%s: %s); training goes on, metrics.jsonl is whole",
+                "wandb could not %s (%s: %s); training goes on, metrics.jsonl is whole%s",
                 action,
                 type(error).__name__,
                 error,
+                f". What it did not get is kept; afterwards: {_sync_command(run)}" if run is not None else "",
             )
         self._warned = True
+
+
+def _sync_command(run: Any) -> str:
+    return f"wandb sync {shlex.quote(os.path.abspath(run.settings.sync_dir))}"
 
 
 def _run_id(run_folder: Path) -> str:

@@ -114,6 +114,7 @@ class StudentEngine:
     def load(self, folder: Path, digests: Digests) -> None:
         """Collective. Raises CheckpointError when the files do not fit this model and this ZeRO stage."""
         self._writer.digests = digests
+        _look_at_own_file_alone(self._engine)
         self._load(folder, TAG)
 
     def load_universal(self, folder: Path) -> None:
@@ -141,6 +142,23 @@ class StudentEngine:
             raise CheckpointError(f"{folder}: cannot be loaded into this model: {problem}") from problem
         if loaded is None:
             raise CheckpointError(f"{folder}: holds no DeepSpeed checkpoint")
+
+
+def _look_at_own_file_alone(engine: Any) -> None:
+    """DeepSpeed has every rank look whether the files of all ranks are there, for the sake of an old name of theirs: on
+    4,096 ranks 17 million questions to the store at a resume."""
+
+    def names(load_dir: str, tag: str, bf16_mode: bool) -> list[str]:
+        return engine._get_mp_rank_zero_checkpoint_names(
+            load_dir=load_dir,
+            tag=tag,
+            mp_rank=engine.checkpoint_mp_rank,
+            dp_world_size=engine.loaded_checkpoint_dp_world_size,
+            bf16_mode=bf16_mode,
+        )
+
+    if hasattr(engine, "_get_mp_rank_zero_checkpoint_names"):
+        engine._get_all_zero_checkpoint_names = names
 
 
 def _parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

@@ -16,7 +16,7 @@ from engine.errors import CacheError, CheckpointError, ConfigError, DataError
 from tests import tiny
 from tests.caching import CODECS, cached_run, make_cache
 from tests.refusals import refused
-from tests.serving import Server, as_s3
+from tests.serving import Server, as_s3, in_a_hurry
 from tests.sharding import flip_a_bit
 
 
@@ -300,7 +300,7 @@ def test_what_to_make_must_be_said(root: Path) -> None:
 
 
 def test_a_cache_on_a_web_server_and_on_s3(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("engine.data.address._RETRY_SECONDS", (0.01, 0.01))
+    in_a_hurry(monkeypatch)
     server, store = Server(root / "train"), Server(root)
     as_s3(store, monkeypatch)
     here = cached_run(root, run={"name": "here"})

@@ -17,7 +17,7 @@ ROWS = """
 errors schema state schedule redaction
 rendezvous
 meeting
-dist log config watch digests
+dist log config watch digests sharing
 data losses tracking models meter cost
 cache incarnation
 tasks teacher student memory

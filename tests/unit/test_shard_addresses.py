@@ -11,7 +11,7 @@ from engine.data import address
 from engine.data.record import encode_array
 from engine.data.shards import ShardSet
 from engine.errors import DataError
-from tests.serving import Server, as_s3
+from tests.serving import Server, as_s3, in_a_hurry
 from tests.sharding import VOCAB, rewritten, samples_of, write_set
 
 
@@ -86,7 +86,7 @@ def test_token_counts_are_those_of_the_manifest(tmp_path: Path) -> None:
 
 @pytest.fixture
 def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Server:
-    monkeypatch.setattr(address, "_RETRY_SECONDS", (0.01, 0.01))
+    in_a_hurry(monkeypatch)
     monkeypatch.setattr("engine.data.address.BLOCK_BYTES", 4096)
     (tmp_path / "shards").mkdir()
     write_set(tmp_path / "shards", (60, 5))
@@ -122,17 +122,6 @@ def test_a_small_cache_still_reads_right(server: Server) -> None:
     remote = ShardSet.open(f"{server.address}/shards/manifest.json", cache_bytes=1)
     keys = [remote.read(0, index).key for index in (0, 59, 1, 58)]
     assert keys == [f"000000-{index:08d}" for index in (0, 59, 1, 58)]
-
-
-def test_a_failing_server_is_asked_again(server: Server) -> None:
-    remote = ShardSet.open(f"{server.address}/shards/manifest.json")
-    server.failures = 2
-    assert remote.read(1, 4).key == "000001-00000004"
-    server.failures = 100
-    with pytest.raises(DataError, match=r"http://127.*shard-000000\.tar: cannot be read after 3 tries"):
-        remote.read(0, 0)
-    server.failures = 0
-    assert remote.read(0, 0).key == "000000-00000000", "a failure is not remembered"
 
 
 def test_missing_remote_shard(server: Server, tmp_path: Path) -> None:

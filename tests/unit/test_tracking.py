@@ -1,14 +1,20 @@
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
+import multiprocessing
 import os
+import re
 import resource
 import signal
+import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -154,6 +160,7 @@ class FakeWandb(SimpleNamespace):
 
     def __init__(self, **faults) -> None:
         super().__init__(faults=faults, started=[], logged=[], exit_codes=[], url="somewhere", has_key=True)
+        self.settings = SimpleNamespace(sync_dir="wandb/run-x")
 
     def _meet(self, action: str) -> None:
         if action in self.faults:
@@ -171,6 +178,9 @@ class FakeWandb(SimpleNamespace):
         self._meet("init")
         self.started.append(arguments)
         return self
+
+    def teardown(self) -> None:
+        pass
 
     def define_metric(self, name: str, step_metric: str | None = None) -> None:
         pass
@@ -227,10 +237,17 @@ def test_wandb_error_is_told_once_and_training_goes_on(action, kind, tmp_path, u
         tracker.record(step, {"loss/objective": 1.0})
     tracker.close("completed")
     assert steps_in(tmp_path) == [1, 2, 3, 4, 5]
-    assert [message for message in messages if "503 from the service" in message] == [
-        f"wandb could not {'start' if action in ('login', 'init') else action} ({kind.__name__}: "
-        "503 from the service); training goes on, metrics.jsonl is whole"
-    ]
+    why = f"{kind.__name__}: 503 from the service"
+    told = {
+        "login": f"wandb: online was asked for, but {why}; training goes on and the run is kept offline. Afterwards: "
+        f"wandb sync {Path.cwd()}/wandb/run-x",
+        "init": f"wandb could not start ({why}); training goes on, metrics.jsonl is whole",
+    }
+    later = (
+        f"wandb could not {action} ({why}); training goes on, metrics.jsonl is whole. What it did not get is kept; "
+        f"afterwards: wandb sync {Path.cwd()}/wandb/run-x"
+    )
+    assert [message for message in messages if "503 from the service" in message] == [told.get(action, later)]
 
 
 def test_wandb_recovers_after_an_outage(tmp_path, use_wandb):
@@ -303,6 +320,113 @@ for first_step in (0, 10):
     )
     assert (ended.returncode, ended.stderr, ended.stdout) == (0, "", "")
     return tmp_path
+
+
+def silent(folder: Path) -> None:
+    """Listens and never answers."""
+    listening = socket.create_server(("127.0.0.1", 0))
+    with listening, contextlib.ExitStack() as kept:
+        (folder / "port").write_text(str(listening.getsockname()[1]))
+        while True:
+            kept.enter_context(listening.accept()[0])
+
+
+class Service(BaseHTTPRequestHandler):
+    """As much of the service as a run needs to start; how many questions it answers is a class variable."""
+
+    num_answers = 10**6
+
+    def do_POST(self) -> None:
+        question = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        query = question.decode(errors="replace") if self.path == "/graphql" else ""
+        if query:
+            Service.num_answers -= 1
+        if Service.num_answers < 0:
+            time.sleep(1000)
+        project = {"id": "p", "name": "stillhouse", "entity": {"id": "e", "name": "team"}}
+        name = json.loads(question)["variables"].get("name") if "upsertBucket" in query else None
+        bucket = {
+            "id": "x",
+            "name": name,
+            "displayName": "d",
+            "config": "{}",
+            "historyLineCount": 0,
+            "project": project,
+        }
+        viewer = {"id": "u", "entity": "team", "username": "me", "flags": "{}", "teams": {"edges": []}}
+        data = {"upsertBucket": {"bucket": bucket, "inserted": True}} if "upsertBucket" in query else {"model": None}
+        content = json.dumps({"data": {"viewer": viewer} if "viewer {" in query else data}).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def serving(folder: Path, num_answers: int) -> None:
+    Service.num_answers = num_answers
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Service)
+    (folder / "port").write_text(str(server.server_port))
+    server.serve_forever()
+
+
+AWAY = """
+import os, signal, sys
+from pathlib import Path
+from engine.config.run import TrackingSection
+from engine.log import setup
+from engine.tracking import Tracker, wandb_run
+wandb_run.START_SECONDS, wandb_run.CLOSE_SECONDS = 5.0, 10.0
+folder, server = Path(sys.argv[1]), int(sys.argv[2])
+setup(0)
+tracker = Tracker(folder, TrackingSection(wandb="online"), "demo", {}, 0)
+for step in range(1, 4):
+    tracker.record(step, {"loss/objective": float(step)})
+    if step == 1 and server:
+        while tracker._sinks[0]._queue.qsize():  # until the run is there and has taken the record
+            pass
+        os.kill(server, signal.SIGKILL)
+wandb_run.CLOSE_SECONDS = 60.0
+tracker.close("completed")
+"""
+
+
+@pytest.mark.parametrize("case", ["refuses", "hangs", "answers_once", "dies"])
+def test_real_wandb_without_its_service(case, tmp_path):
+    """Training goes on, and the files that the log names hold every record."""
+    ways = {
+        "hangs": (silent, (tmp_path,)),
+        "answers_once": (serving, (tmp_path, 1)),
+        "dies": (serving, (tmp_path, 10**6)),
+    }
+    server = None
+    address = "http://127.0.0.1:9"
+    if case in ways:
+        way, arguments = ways[case]
+        server = multiprocessing.get_context("fork").Process(target=way, args=arguments, daemon=True)
+        server.start()
+        while not (tmp_path / "port").exists() or not (tmp_path / "port").read_text():
+            threading.Event().wait(0.02)
+        address = f"http://127.0.0.1:{(tmp_path / 'port').read_text()}"
+    dies = str(server.pid) if server is not None and case == "dies" else "0"
+    ended = subprocess.run(
+        [sys.executable, "-c", AWAY, str(tmp_path / "run"), dies],
+        env={**os.environ, "WANDB_BASE_URL": address, "WANDB_API_KEY": "a" * 40},
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    if server is not None:
+        server.kill()
+    told = ended.stdout + ended.stderr
+    assert ended.returncode == 0, told
+    assert steps_in(tmp_path / "run") == [1, 2, 3]
+    (path,) = set(re.findall(r"wandb sync (\S+)", " ".join(told.split())))
+    assert path.startswith(str(tmp_path / "run" / "wandb")), told
+    (kept,) = Path(path).glob("run-*.wandb")
+    assert kept.read_bytes().count(b"loss/objective") >= 3, "every record is in the file"
 
 
 def test_real_wandb_offline_and_tensorboard(offline_run):

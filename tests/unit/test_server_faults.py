@@ -1,0 +1,220 @@
+"""Shard servers that are slow, busy, cut replies short or are gone for a while: what is read is right, or an error."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from engine.data import client
+from engine.data.client import CLIENT
+from engine.data.shards import ShardSet
+from engine.errors import DataError, MissingError, StoreError
+from engine.log import logger
+from tests.serving import Fault, Server, as_s3, in_a_hurry
+from tests.sharding import flip_a_bit, write_set
+
+NUM_SAMPLES = 60
+
+
+@pytest.fixture
+def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Server:
+    in_a_hurry(monkeypatch)
+    (tmp_path / "shards").mkdir()
+    write_set(tmp_path / "shards", (NUM_SAMPLES, 5))
+    return Server(tmp_path)
+
+
+@pytest.fixture(params=["http", "s3"])
+def remote(request: pytest.FixtureRequest, server: Server, monkeypatch: pytest.MonkeyPatch) -> ShardSet:
+    """The shards behind a web server and behind an S3 store, opened, with the first shard's index read."""
+    if request.param == "s3":
+        as_s3(server, monkeypatch)
+    base = server.address if request.param == "http" else "s3:/"
+    shards = ShardSet.open(f"{base}/shards/manifest.json")
+    shards.check(0)
+    CLIENT.take()
+    return shards
+
+
+@pytest.fixture
+def messages() -> Iterator[list[str]]:
+    found: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: found.append(record.getMessage())  # type: ignore[method-assign]
+    logger.addHandler(handler)
+    yield found
+    logger.removeHandler(handler)
+
+
+def assert_right(remote: ShardSet, server: Server, index: int = 3) -> None:
+    local = ShardSet.open(str(server.folder / "shards" / "manifest.json"))
+    ours, theirs = remote.read(0, index), local.read(0, index)
+    assert ours.key == theirs.key
+    np.testing.assert_array_equal(ours.token_ids, theirs.token_ids)
+
+
+def asked(server: Server) -> list[str | None]:
+    return [span for name, span in server.requests if name == "shard-000000.tar"]
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        Fault(503), Fault(500), Fault(502), Fault(429), Fault(408), Fault(503, retry_after="0"), Fault(keep_bytes=0),
+        Fault(more_bytes=100), Fault(shift_bytes=512),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_what_passes_is_asked_again(remote: ShardSet, server: Server, fault: Fault) -> None:
+    server.faults.extend([fault, fault])
+    if "s3" in remote.address and fault.shift_bytes:
+        fault.shift_bytes, fault.status = 0, 503  # s3fs does not tell of the place
+    assert_right(remote, server)
+    traffic = CLIENT.take()
+    assert (traffic.num_retries, len(server.faults)) == (2, 0)
+    assert len(set(asked(server))) == 1, "nothing of such a reply can be used"
+
+
+def test_only_what_is_missing_is_asked_again(remote: ShardSet, server: Server) -> None:
+    num_bytes = remote.manifest.shards[0].num_bytes
+    server.faults.extend([Fault(keep_bytes=5000), Fault(keep_bytes=7000)])
+    assert_right(remote, server)
+    starts = [int(str(span).removeprefix("bytes=").split("-")[0]) for span in asked(server)]
+    assert starts == [0, 5000, 12000]
+    assert CLIENT.take().num_bytes == num_bytes, "each byte came once"
+
+
+def test_retry_after_is_honoured(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    remote = ShardSet.open(f"{server.address}/shards/manifest.json")
+    remote.check(0)
+    paused: list[float] = []
+    monkeypatch.setattr(client.time, "sleep", paused.append)
+    server.faults.extend([Fault(503, retry_after="3"), Fault(503, retry_after="Thu, 01 Jan 1970 00:00:00 GMT")])
+    assert_right(remote, server)
+    waits = [pause for pause in paused if pause]
+    assert 3.0 <= waits[0] <= 3.0 + client.FIRST_PAUSE_SECONDS
+    assert waits[1] <= client.FIRST_PAUSE_SECONDS, "that date has passed"
+
+
+def test_pauses_grow_with_jitter_up_to_a_limit(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    remote = ShardSet.open(f"{server.address}/shards/manifest.json")
+    remote.check(0)
+    most: list[float] = []
+    monkeypatch.setattr(client.random, "uniform", lambda low, high: most.append(high) or 0.0)
+    server.faults.extend([Fault(503)] * 6)
+    assert_right(remote, server)
+    assert most == pytest.approx([0.02, 0.04, 0.08, 0.16, 0.2, 0.2])
+
+
+def test_a_server_that_hangs_is_given_up_and_a_slow_one_is_not(remote: ShardSet, server: Server) -> None:
+    CLIENT.timeout_seconds = 0.3
+    server.faults.append(Fault(hang_seconds=1.0))
+    assert_right(remote, server)
+    assert CLIENT.take().num_retries == 1
+    remote._blocks.forget((remote.address_of("shard-000000.tar"), 0))
+    server.faults.append(Fault(drip_seconds=0.005))
+    begin = time.monotonic()
+    assert_right(remote, server)
+    assert CLIENT.take().num_retries == 0
+    assert time.monotonic() - begin > CLIENT.timeout_seconds, "or the reply was not slow enough to tell"
+
+
+def test_a_server_that_is_gone_for_a_while(remote: ShardSet, server: Server, messages, monkeypatch) -> None:
+    monkeypatch.setattr(client, "OUTAGE_SECONDS", 0.3)
+    server.stop()
+    back = threading.Timer(1.5, server.start)
+    back.start()
+    assert_right(remote, server)
+    back.join()
+    assert CLIENT.take().waiting_milliseconds >= 1000
+    assert ["has not answered" in text for text in messages] == [True, False], messages
+    assert "answers again" in messages[1]
+
+
+def test_patience_has_an_end(remote: ShardSet, server: Server) -> None:
+    CLIENT.retry_seconds = 0.5
+    server.failures = 10**6
+    with pytest.raises(StoreError, match=r"shard-000000\.tar: cannot be read after \d+ tries .*data\.retry_seconds"):
+        remote.read(0, 0)
+    server.failures = 0
+    assert_right(remote, server)  # a failure is not remembered
+
+
+def test_endless_scraps_are_no_progress(remote: ShardSet, server: Server) -> None:
+    CLIENT.retry_seconds = 0.5
+    server.faults.extend([Fault(keep_bytes=1)] * 2000)
+    with pytest.raises(StoreError, match="cannot be read after"):
+        remote.read(0, 0)
+
+
+@pytest.mark.parametrize("status", [400, 401, 403])
+def test_a_refusal_is_an_error_at_once(remote: ShardSet, server: Server, status: int) -> None:
+    server.faults.append(Fault(status))
+    with pytest.raises(DataError, match=rf"shard-000000\.tar: cannot be read.*{status}"):
+        remote.read(0, 0)
+    assert CLIENT.take().num_retries == 0
+
+
+def test_a_missing_file_is_an_error_at_once(remote: ShardSet, server: Server) -> None:
+    (server.folder / "shards" / "shard-000001.tar").unlink()
+    with pytest.raises(MissingError, match=r"shard-000001\.tar: no such file"):
+        remote.read(1, 0)
+    assert CLIENT.take().num_retries == 0
+
+
+def test_a_damaged_copy_on_the_way_is_fetched_anew(remote: ShardSet, server: Server) -> None:
+    server.faults.append(Fault(flip=True))
+    assert_right(remote, server, index=0)
+    if remote.address.startswith("http"):
+        assert [head.get("Cache-Control") for head in server.headers[-2:]] == [None, "no-cache"]
+    server.faults.append(Fault(flip=True))
+    np.testing.assert_array_equal(remote.token_counts(), np.zeros(remote.manifest.vocab_size))
+    server.faults.append(Fault(flip=True))
+    remote.check(1)
+    assert not server.faults
+
+
+def test_damage_at_the_source_is_an_error(server: Server) -> None:
+    flip_a_bit(server.folder / "shards" / "shard-000000.tar")
+    remote = ShardSet.open(f"{server.address}/shards/manifest.json")
+    for _ in range(2):
+        before = len(asked(server))
+        with pytest.raises(DataError, match=r"sample 000000-00000020 .*flipped bits"):
+            remote.read(0, 20)
+        assert len(asked(server)) - before <= 2
+    assert_right(remote, server, index=21)
+
+
+@pytest.mark.parametrize("change", ["content", "length"])
+def test_a_replaced_file_is_an_error(remote: ShardSet, server: Server, change: str) -> None:
+    path = server.folder / "shards" / "shard-000000.tar"
+    content = path.read_bytes()
+    path.write_bytes(content[:-512] if change == "length" else bytes(reversed(content)))
+    with pytest.raises(StoreError, match=r"shard-000000\.tar: the file was replaced .*before.*now"):
+        remote.read(0, 0)
+
+
+def test_a_file_replaced_between_two_halves(remote: ShardSet, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = server.folder / "shards" / "shard-000000.tar"
+    server.faults.append(Fault(keep_bytes=5000))
+    monkeypatch.setattr(client.time, "sleep", lambda _: path.write_bytes(path.read_bytes()))
+    with pytest.raises(StoreError, match="was replaced"):
+        remote.read(0, 0)
+
+
+def test_small_files_of_servers_without_ranges(server: Server) -> None:
+    server.ranges = False
+    server.faults.extend([Fault(keep_bytes=200), Fault(), Fault(keep_bytes=100)])
+    assert_right(ShardSet.open(f"{server.address}/shards/manifest.json"), server)
+
+
+def test_names_that_do_not_resolve_are_tried_again(server: Server) -> None:
+    CLIENT.retry_seconds = 0.2
+    with pytest.raises(StoreError, match=r"http://no-such-host\.invalid/m\.json: cannot be read after [2-9]"):
+        ShardSet.open("http://no-such-host.invalid/m.json")
