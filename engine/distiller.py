@@ -66,7 +66,7 @@ class Distiller:
 
     def _alone_seconds(self) -> dict[str, float]:
         """How long a rank may be at what it does without the others."""
-        return {"data": self.config.cluster.timeout_seconds}
+        return {"data": self.config.cluster.timeout_seconds + self.config.data.retry_seconds}
 
     def _train(self, parts: Parts, place: Place, stop: StopSignal, watch: Watch) -> bool:
         is_main = place.ranks.rank == 0
