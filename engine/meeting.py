@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import os
+import secrets
 import socket
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import NoReturn
 
 from torch.distributed import DistError, HashStore, PrefixStore, Store, TCPStore
 
@@ -15,6 +18,10 @@ from engine.errors import LostRankError
 from engine.rendezvous import Ranks
 
 POLL_SECONDS = 0.05
+PORT_SECONDS = 60.0
+"""How long rank 0 waits for its port."""
+LEAD_SECONDS = 10.0
+"""Other ranks wait longer than rank 0, which knows who is missing."""
 JOIN_SECONDS = 300.0
 """How long ranks wait for the last of them: hosts read their programs from a shared disk at different speeds."""
 
@@ -40,52 +47,92 @@ class Meeting:
 def meet(ranks: Ranks, join_seconds: float = JOIN_SECONDS, expected: Sequence[str] = ()) -> Meeting:
     """Come together at MASTER_ADDR:MASTER_PORT; ``expected`` is the host of each rank, where that is known. Collective.
 
+    An earlier launch may still be there: it is waited for, and not taken for this one.
     Raises LostRankError, naming the ranks that did not come and the hosts that did, or where rank 0 was looked for.
     """
-    if ranks.world_size == 1:
-        return Meeting(ranks, HashStore(), (socket.gethostname(),))
-    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    served_by_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     own = socket.gethostname()
-    try:
-        if ranks.rank == 0 and not served_by_agent:
-            server = _connect(host, port, join_seconds, is_master=True)
-        else:
-            server = _connect(host, port, join_seconds)
-    except (DistError, RuntimeError, OSError) as problem:
-        raise LostRankError(_unreachable(own, host, port, ranks.rank, join_seconds, str(problem))) from problem
-    store = _prefixed(server)
-    store.set(f"host/{ranks.rank}", own)
-    hosts = [""] * ranks.world_size
+    if ranks.world_size == 1:
+        return Meeting(ranks, HashStore(), (own,))
+    served_by_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     if ranks.rank == 0:
-        hosts = _await_all(store, ranks.world_size, join_seconds, expected)
-        store.set("all here", own)
+        store = _open_store(own, min(join_seconds, PORT_SECONDS), is_master=not served_by_agent)
+        hosts = _receive(store, ranks.world_size, join_seconds, own, expected)
     else:
-        try:
-            store.wait(["all here"], timedelta(seconds=join_seconds + 10.0))
-        except (DistError, RuntimeError) as problem:
-            raise LostRankError(f"{own}: rank 0 at {host}:{port} ended before all ranks were there") from problem
-        hosts[0] = store.get("all here").decode()
-    hosts[ranks.rank] = own
+        store, main_host = _join(own, ranks.rank, join_seconds)
+        hosts = [main_host, *[""] * (ranks.world_size - 1)]
+        hosts[ranks.rank] = own
     return Meeting(ranks, store, tuple(hosts))
 
 
-def _await_all(store: Store, world_size: int, join_seconds: float, expected: Sequence[str]) -> list[str]:
+def _open_store(own: str, patience_seconds: float, is_master: bool) -> Store:
+    """On rank 0. An earlier launch whose launcher was killed leaves its port within seconds."""
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    deadline = time.monotonic() + patience_seconds
+    while True:
+        try:
+            return _prefixed(_connect(host, port, patience_seconds, is_master))
+        except (DistError, RuntimeError, OSError) as problem:
+            is_taken = "EADDRINUSE" in str(problem)
+            if is_taken and time.monotonic() < deadline:
+                time.sleep(0.5)
+                continue
+            told = (
+                f"{own}: port {port} is taken, by an earlier launch that still runs or by another program; end it, or "
+                "set MASTER_PORT (deepspeed: --master_port)"
+                if is_taken
+                else f"{own}: rank 0 cannot listen at MASTER_ADDR={host}, port {port}: {_first_line(problem)}"
+            )
+            raise LostRankError(told) from problem
+
+
+def _receive(store: Store, world_size: int, join_seconds: float, own: str, expected: Sequence[str]) -> list[str]:
+    """On rank 0: the host of each rank, once all are there."""
+    store.set("guest/0", json.dumps([own, ""]))
     deadline = time.monotonic() + join_seconds
     missing = list(range(world_size))
-    while missing := [rank for rank in missing if not store.check([f"host/{rank}"])]:
+    while missing := [rank for rank in missing if not store.check([f"guest/{rank}"])]:
         if time.monotonic() > deadline:
-            here = sorted({store.get(f"host/{rank}").decode() for rank in range(world_size) if rank not in missing})
-            absent = dict.fromkeys(expected[rank] for rank in missing if len(expected) == world_size)
-            where = f" of {', '.join(list(absent)[:20])}" if absent else ""
-            raise LostRankError(
-                f"{len(missing)} of {world_size} ranks did not come within {join_seconds:.0f} s: "
-                f"{show_numbers(missing)}{where}; there are the ranks of {', '.join(here[:20])}"
-                f"{' ...' if len(here) > 20 else ''}. Look at what the other hosts said, and whether they can reach "
-                f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-            )
+            _refuse(store, world_size, missing, join_seconds, expected)
         time.sleep(POLL_SECONDS)
-    return [store.get(f"host/{rank}").decode() for rank in range(world_size)]
+    guests = [json.loads(store.get(f"guest/{rank}")) for rank in range(world_size)]
+    for _, token in guests:
+        store.set(f"welcome/{token}", own)
+    return [host for host, _ in guests]
+
+
+def _join(own: str, rank: int, join_seconds: float) -> tuple[Store, str]:
+    """On other ranks: the store and the host of rank 0. Only this launch's rank 0 answers a token made now."""
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    token, deadline = secrets.token_hex(8), time.monotonic() + join_seconds
+    while True:
+        left = max(1.0, deadline + LEAD_SECONDS - time.monotonic())
+        try:
+            store = _prefixed(_connect(host, port, left))
+            store.set(f"guest/{rank}", json.dumps([own, token]))
+            store.wait([f"welcome/{token}"], timedelta(seconds=left))
+            return store, store.get(f"welcome/{token}").decode()
+        except (DistError, RuntimeError, OSError) as problem:
+            if time.monotonic() < deadline:  # what was there was an earlier launch, and has ended
+                time.sleep(POLL_SECONDS)
+                continue
+            raise LostRankError(
+                f"{own}: rank 0 at {host}:{port} did not answer within {join_seconds:.0f} s ({_first_line(problem)}); "
+                "look whether it started, whether all other ranks did, and whether a firewall stands between the hosts"
+            ) from problem
+
+
+def _refuse(
+    store: Store, world_size: int, missing: list[int], join_seconds: float, expected: Sequence[str]
+) -> NoReturn:
+    present = [rank for rank in range(world_size) if rank not in missing]
+    here = sorted({json.loads(store.get(f"guest/{rank}"))[0] for rank in present})
+    absent = dict.fromkeys(expected[rank] for rank in missing if len(expected) == world_size)
+    where = f" of {', '.join(list(absent)[:20])}" if absent else ""
+    raise LostRankError(
+        f"{len(missing)} of {world_size} ranks did not come within {join_seconds:.0f} s: {show_numbers(missing)}{where}; "
+        f"there are the ranks of {', '.join(here[:20])}{' ...' if len(here) > 20 else ''}. Look at what the other hosts "
+        f"said, and whether they can reach {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    )
 
 
 def show_numbers(numbers: list[int]) -> str:
@@ -110,16 +157,5 @@ def _connect(host: str, port: int, timeout_seconds: float, is_master: bool = Fal
     return TCPStore(host, port, is_master=is_master, wait_for_workers=False, timeout=timeout)
 
 
-def _unreachable(own: str, host: str, port: int, rank: int, seconds: float, problem: str) -> str:
-    first = problem.splitlines()[0][:200]
-    if rank == 0 and "EADDRINUSE" in problem:
-        return (
-            f"{own}: port {port} is taken, by an earlier launch that still runs or by another program; "
-            "end it, or set MASTER_PORT (deepspeed: --master_port)"
-        )
-    if rank == 0:
-        return f"{own}: rank 0 cannot listen at MASTER_ADDR={host}, port {port}: {first}"
-    return (
-        f"{own}: rank 0 at {host}:{port} could not be reached within {seconds:.0f} s ({first}); look whether it "
-        "started, and whether a firewall stands between the hosts"
-    )
+def _first_line(problem: BaseException) -> str:
+    return str(problem).splitlines()[0][:200]
