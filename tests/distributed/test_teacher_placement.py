@@ -95,7 +95,8 @@ def test_the_student_has_the_same_losses(
             continue
         # a KL is a small difference of logarithms near 5, whose last digits are 5e-7
         assert ours == pytest.approx(theirs, rel=1e-6, abs=1e-6)
-        assert ours.get("loss/objective") == pytest.approx(theirs.get("loss/objective"), rel=1e-6)
+        if "loss/objective" in ours:
+            assert ours["loss/objective"] == pytest.approx(theirs["loss/objective"], rel=1e-6)
     folder = root / task / "runs" / name
     trained = consolidate(newest(folder / "checkpoints"))
     check_only_the_student_is_kept(folder, trained)
