@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -40,7 +41,7 @@ def place_teacher(parts: Parts, place: Place, *, hidden_states: bool) -> OnlineT
         teacher = OnlineTeacher(model, parts.task.model_inputs, hidden_states=hidden_states)
     else:
         assert section.tp_size is not None
-        group = _neighbours(section.tp_size, place)
+        group = _neighbours(section.tp_size, place, parts.run.config.cluster.timeout_seconds)
         cut_layers(model, group)
         move(cast(model, dtype), place.device)
         teacher = GroupTeacher(model, parts.task.model_inputs, hidden_states=hidden_states, group=group)
@@ -49,10 +50,11 @@ def place_teacher(parts: Parts, place: Place, *, hidden_states: bool) -> OnlineT
     return teacher
 
 
-def _neighbours(size: int, place: Place) -> dist.ProcessGroup:
+def _neighbours(size: int, place: Place, timeout_seconds: float) -> dist.ProcessGroup:
     """This rank's group of ``size`` ranks that follow each other. All ranks make all groups."""
     world = range(place.ranks.world_size)
-    groups = [dist.new_group(list(world[start : start + size])) for start in range(0, len(world), size)]
+    starts, timeout = range(0, len(world), size), timedelta(seconds=timeout_seconds)
+    groups = [dist.new_group(list(world[start : start + size]), timeout=timeout) for start in starts]
     own = groups[place.ranks.rank // size]
     assert own is not None
     return own

@@ -130,11 +130,13 @@ HELD = """
 import torch
 from engine.config.run import TeacherSection
 from engine.losses.head import keep_head_whole
+from engine.meeting import meet
+from engine.rendezvous import read_ranks
 from engine.teacher.footprint import teacher_bytes
 from engine.teacher.tensor_parallel import cut_layers
 from engine.zero import init_distributed, shard_teacher
 from tests import tiny
-init_distributed(60.0)
+init_distributed(meet(read_ranks()), 60.0)
 for tied in (True, False):
     for settings in ({"placement": "zero3"}, {"placement": "tensor_parallel", "tp_size": 2}):
         section = TeacherSection(kind="online", model="teacher", **settings)
@@ -155,12 +157,14 @@ torch.distributed.destroy_process_group()
 ONE_WITHOUT = """
 import os, sys
 from engine.config.run import TeacherSection
-from engine.dist import Control, read_ranks
+from engine.dist import Control
 from engine.errors import ConfigError
+from engine.meeting import meet
 from engine.parts import _load_teacher
+from engine.rendezvous import read_ranks
 from engine.zero import init_distributed
-init_distributed(60.0)
 ranks = read_ranks()
+init_distributed(meet(ranks), 60.0)
 folder = sys.argv[1] if ranks.rank == 0 else sys.argv[1] + "/nowhere"
 section = TeacherSection(kind="online", model=folder, placement="zero3")
 try:
