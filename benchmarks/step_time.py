@@ -74,6 +74,7 @@ def main() -> None:
             for way in ways:
                 case = {name: getattr(arguments, name) for name in ("blocks", "block_steps", "threads")}
                 case |= {"way": way, "folder": str(folder), "name": f"turn{turn}"}
+                case |= {"overlap": arguments.overlap, "micro_batches": arguments.micro_batches}
                 environment = {"OMP_NUM_THREADS": str(arguments.threads)}
                 if way == TRL:  # as one who uses it finds it: the pages of 2 MiB are our engine's choice
                     environment |= {"PYTHONPATH": str(arguments.trl), "THP_MEM_ALLOC_ENABLE": "0"}
@@ -82,6 +83,7 @@ def main() -> None:
     floor = floor_flops_per_token()
     show(turns, floor, products_gigaflops(arguments.threads))
     settings = {"llama": LLAMA, "sequences": SEQUENCES, "tokens": TOKENS, "block_steps": arguments.block_steps}
+    settings |= {"overlap": arguments.overlap, "micro_batches": arguments.micro_batches}
     write_json(arguments.output, {"settings": settings, "floor_flops_per_token": floor, "turns": turns})
 
 
@@ -94,6 +96,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--blocks", type=int, default=2, help="measured blocks a turn")
     parser.add_argument("--block-steps", type=int, default=5, help="steps a block")
+    parser.add_argument("--overlap", action="store_true", help="the engine's teacher one micro-batch ahead, on a GPU")
+    parser.add_argument("--micro-batches", type=int, default=1, choices=(1, 2, 4), help="of the engine's step")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--ways", nargs="+", choices=[ENGINE, NAIVE, FUSED, NO_TEACHER, TRL])
     parser.add_argument("--case", help=argparse.SUPPRESS)

@@ -23,13 +23,13 @@ from engine.data.client import CLIENT
 from engine.data.collate import collate
 from engine.data.shards import ShardSet
 from engine.errors import DataError
-from engine.models import DTYPES, cast, load_model, move
 from engine.parts import accelerator_of, check_model, shared_tokenizer
 from engine.schema import Sample
 from engine.tasks.task import Task, build_task
 from engine.tasks.tokenizer import vocab_size
 from engine.teacher.online import OnlineTeacher
 from engine.teacher.opening import check_layers
+from engine.teacher.placing import described_precision, load_teacher, place_alone
 
 log = logging.getLogger("stillhouse")
 
@@ -61,15 +61,15 @@ class Asker:
         ).teacher_precision
         tokenizer = shared_tokenizer(config)
         self._task = build_task(config.task, tokenizer, manifest, self.shards.token_counts())
-        model = load_model(config.teacher, self._task.model_class_name, torch.float32, "teacher")
+        model = load_teacher(config.teacher, self._task.model_class_name)
         check_model(model, self._task, "teacher", vocab_size(tokenizer), manifest.sequence_tokens)
         count = f"{model.num_parameters():,}"
-        log.info("teacher: %s, %s parameters, %s", type(model).__name__, count, self.precision)
+        self.described_precision = described_precision(config.teacher, self.precision)
+        log.info("teacher: %s, %s parameters, %s", type(model).__name__, count, self.described_precision)
         codec = config.cache.codec
         keeps_layers = isinstance(codec, HiddenSection) and bool(codec.layers)
-        self.teacher = OnlineTeacher(
-            move(cast(model, DTYPES[self.precision]), device), self._task.model_inputs, hidden_states=keeps_layers
-        )
+        place_alone(model, config.teacher, self.precision, device)
+        self.teacher = OnlineTeacher(model, self._task.model_inputs, hidden_states=keeps_layers)
         check_layers(config, self.teacher.head, model.config)
         self._recorder = build_recorder(config.cache, ranks_of(self.shards), self.teacher.head, manifest.vocab_size)
         self.num_rounds = num_rounds(config.task)

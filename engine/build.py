@@ -19,11 +19,13 @@ from engine.evaluation import Evaluator
 from engine.losses.objective import Objective, Shape
 from engine.metrics import RecordMaker
 from engine.parts import Parts, Place, open_shards
+from engine.placement import place_teacher
 from engine.redaction import redact_all
 from engine.resume import load_checkpoint, open_run_folder
 from engine.sharing import read_by_main
 from engine.state import TrainState
 from engine.student.module import StudentWithObjective
+from engine.teacher.ahead import InTurn, OneAhead
 from engine.teacher.cached import CachedTargets, Live
 from engine.teacher.online import OnlineTeacher
 from engine.teacher.source import NoTeacher, TargetSource
@@ -52,21 +54,16 @@ def build_trainer(
     # nothing of the config is left to refuse: from here on the folder belongs to this run
     store = CheckpointStore(folder / "checkpoints", place.control, config.checkpoint.keep)
     checkpoint = open_run_folder(folder, store, parts, place, resume)
+    flops = _flops_per_token(parts, objective)  # before the teacher is cut
     source: TargetSource = NoTeacher()
     cached = None
     if parts.cache is not None:
         source = cached = CachedTargets(parts.cache, manifest, config.teacher.tail, place.device, _live(parts, place))
     elif parts.teacher is not None and objective.needs_targets:
-        source = OnlineTeacher(parts.teacher, parts.task.model_inputs, hidden_states=objective.needs_hidden_states)
+        source = place_teacher(parts, place, hidden_states=objective.needs_hidden_states)
+    ahead = config.teacher.overlap and place.device.type == "cuda" and objective.needs_targets
     torch.manual_seed(config.run.seed + place.ranks.rank)  # dropout differs over the ranks
     module = StudentWithObjective(parts.student.model, objective, parts.task.model_inputs)
-    masked_only = config.task.kind == "masked_lm" and not objective.all_tokens
-    flops = training_flops_per_token(
-        parts.student.model,
-        parts.teacher if objective.needs_targets else None,
-        sequence_tokens=manifest.sequence_tokens,
-        head_positions_fraction=config.task.mask_fraction if masked_only else 1.0,
-    )
     engine = StudentEngine(module, run.deepspeed, config.optimizer, head_loss=objective.head_loss, head=module.head)
     state, num_bad = TrainState(), 0
     if checkpoint is not None:
@@ -94,6 +91,7 @@ def build_trainer(
         engine=engine,
         objective=objective,
         source=source,
+        turns=(OneAhead if ahead else InTurn)(source, objective.rows, place.device),
         loader=_loader(parts, place, num_bad, cached),
         evaluator=evaluator,
         store=store,
@@ -105,6 +103,16 @@ def build_trainer(
         show_progress=show,
         checkpoint_meta=meta,
         state=state,
+    )
+
+
+def _flops_per_token(parts: Parts, objective: Objective) -> float:
+    masked_only = parts.task.kind == "masked_lm" and not objective.all_tokens
+    return training_flops_per_token(
+        parts.student.model,
+        parts.teacher if objective.needs_targets else None,
+        sequence_tokens=parts.shards.manifest.sequence_tokens,
+        head_positions_fraction=parts.run.config.task.mask_fraction if masked_only else 1.0,
     )
 
 

@@ -55,7 +55,7 @@ class Capture:
     def __init__(self, config: RunConfig, device: torch.device) -> None:
         self._asker = Asker(config, device)
         self.shards = self._asker.shards
-        self.folder = join_cache(config, self.shards, self._asker.teacher.head, self._asker.precision)
+        self.folder = join_cache(config, self.shards, self._asker.teacher.head, self._asker.described_precision)
         self._num_tokens = self._positions = self._bytes = 0
         self._started = time.perf_counter()
 

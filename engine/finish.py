@@ -13,16 +13,17 @@ from transformers import PreTrainedModel
 from engine.cache.journal import fold
 from engine.checkpoint import newest, read_meta
 from engine.compare import Contender, compare
-from engine.config.run import RunConfig, StudentSection
+from engine.config.run import RunConfig, StudentSection, TeacherSection
 from engine.config.terms import CrossEntropy, Ramp, Term
 from engine.dist import Control, Ranks
 from engine.errors import ConfigError, StillhouseError
 from engine.export import export_student, model_card, student_from_state
-from engine.models import DTYPES, cast, load_model, move
+from engine.models import load_model, move
 from engine.parts import Parts, Place, build_parts
 from engine.report import Results, results_table, write_report
 from engine.runfolder import read_config
 from engine.tasks.tokenizer import load_tokenizer
+from engine.teacher.placing import alone, load_teacher, place_alone
 from engine.zero import consolidate
 
 log = logging.getLogger("stillhouse")
@@ -76,9 +77,13 @@ def _without_training(config: RunConfig) -> RunConfig:
     update: dict[str, Any] = {"zero": {"zero_optimization": {"stage": 0}}}
     if config.teacher.kind == "cached":
         kind = "none" if config.teacher.model is None else "online"
-        update["teacher"] = config.teacher.model_copy(update={"kind": kind, "cache": None, "on_missing": "refuse"})
+        section = alone(config.teacher).model_copy(update={"kind": kind, "cache": None, "on_missing": "refuse"})
         if kind == "none":
+            section = TeacherSection()
             update["losses"] = (CrossEntropy(kind="cross_entropy"),)
+        update["teacher"] = section
+    elif config.teacher.kind == "online":
+        update["teacher"] = alone(config.teacher)
     return config.model_copy(update=update)
 
 
@@ -108,12 +113,18 @@ def score_student(
 
 
 def _teacher(parts: Parts, device: torch.device) -> PreTrainedModel | None:
-    """The teacher to compare with: also after a run from a cache, if its weights are named."""
+    """The teacher to compare with: also after a run from a cache, if its weights are named. One that all ranks had
+    together is loaded again."""
     config = parts.run.config
-    if parts.teacher is not None or config.teacher.kind != "cached" or config.teacher.model is None:
+    together = config.teacher.placement != "replicated"
+    if not together and (parts.teacher is not None or config.teacher.kind != "cached"):
         return parts.teacher
-    model = load_model(config.teacher, parts.task.model_class_name, torch.float32, "teacher")
-    return move(cast(model, DTYPES[parts.run.teacher_precision]), device)
+    if config.teacher.model is None:
+        return None
+    section = alone(config.teacher)
+    model = load_teacher(section, parts.task.model_class_name)
+    place_alone(model, section, parts.run.teacher_precision, device)
+    return model
 
 
 def export_run(

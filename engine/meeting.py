@@ -129,9 +129,9 @@ def _refuse(
     absent = dict.fromkeys(expected[rank] for rank in missing if len(expected) == world_size)
     where = f" of {', '.join(list(absent)[:20])}" if absent else ""
     raise LostRankError(
-        f"{len(missing)} of {world_size} ranks did not come within {join_seconds:.0f} s: {show_numbers(missing)}{where}; "
-        f"there are the ranks of {', '.join(here[:20])}{' ...' if len(here) > 20 else ''}. Look at what the other hosts "
-        f"said, and whether they can reach {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        f"{len(missing)} of {world_size} ranks did not come within {join_seconds:.0f} s: {show_numbers(missing)}{where}"
+        f"; there are the ranks of {', '.join(here[:20])}{' ...' if len(here) > 20 else ''}. Look at what the other "
+        f"hosts said, and whether they can reach {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
     )
 
 

@@ -37,8 +37,8 @@ def load_hf_config(
         raise ConfigError(f"{name}: no model config at {where!r}: {_first_line(problem)}") from problem
 
 
-def load_model(section: ModelSection, model_class: str, dtype: torch.dtype, name: str) -> PreTrainedModel:
-    """The pretrained model of ``section``, on the CPU, in evaluation mode.
+def load_model(section: ModelSection, model_class: str, dtype: torch.dtype | str, name: str) -> PreTrainedModel:
+    """The pretrained model of ``section``, on the CPU, in evaluation mode. ``dtype`` ``auto``: as the files have it.
 
     Raises ConfigError when there is no such model, when its weights are damaged, of another shape than its config
     says, or only in a pickle without ``allow_pickle``, or when the file lacks weights that the task's model needs.

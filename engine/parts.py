@@ -14,13 +14,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from engine.cache.folder import CacheFolder
 from engine.cache.journal import fold
 from engine.config.resolve import Accelerator, DataFacts, ResolvedRun, read_deepspeed_json, resolve
-from engine.config.run import RunConfig
+from engine.config.run import RunConfig, TeacherSection
 from engine.data.client import CLIENT
 from engine.data.shards import ShardSet
 from engine.dist import Control, Ranks
-from engine.errors import CacheError, ConfigError, DataError
+from engine.errors import CacheError, ConfigError, DataError, StillhouseError
 from engine.losses.head import HeadTap, check_head, describe_head
-from engine.models import DTYPES, cast, load_model, move
+from engine.models import DTYPES
 from engine.schema import map_tensors
 from engine.sharing import read_by_main
 from engine.student.build import BuiltStudent, build_student
@@ -29,6 +29,7 @@ from engine.tasks.task import Task, build_task
 from engine.tasks.tokenizer import compare_tokenizers, load_tokenizer, vocab_size
 from engine.teacher.fingerprint import fingerprint_teacher
 from engine.teacher.opening import check_layers, join_cache, open_cache
+from engine.teacher.placing import described_precision, load_teacher, place_alone
 
 log = logging.getLogger("stillhouse")
 
@@ -52,7 +53,7 @@ class Parts:
     task: Task
     student: BuiltStudent
     teacher: PreTrainedModel | None
-    """one that is asked live"""
+    """one that is asked live; on its device, or on the host if all ranks must place it together"""
     cache: CacheFolder | None = None
     """what another was asked before"""
 
@@ -104,7 +105,7 @@ def build_parts(config: RunConfig, place: Place) -> Parts:
     asked = config.teacher.kind == "online" or config.teacher.on_missing == "ask"
     teacher = None
     if asked or config.student.init is not None:
-        teacher = load_model(config.teacher, task.model_class_name, torch.float32, "teacher")
+        teacher = _load_teacher(config.teacher, task.model_class_name, place.control)
     cache = _cache(config, shards, place, run.teacher_precision, teacher) if config.teacher.kind == "cached" else None
     student = build_student(config.student, task.model_class_name, config.run.seed, teacher)
     if config.run.gradient_checkpointing:
@@ -115,8 +116,8 @@ def build_parts(config: RunConfig, place: Place) -> Parts:
         if model is not None:
             check_model(model, task, role, vocab_size(tokenizer), manifest.sequence_tokens)
             log.info("%s: %s, %s parameters", role, type(model).__name__, f"{model.num_parameters():,}")
-    if teacher is not None:
-        teacher = move(cast(teacher, DTYPES[run.teacher_precision]), place.device)
+    if teacher is not None and config.teacher.placement == "replicated":
+        place_alone(teacher, config.teacher, run.teacher_precision, place.device)
     return Parts(run, shards, tokenizer, task, student, teacher, cache)
 
 
@@ -126,6 +127,25 @@ def open_shards(manifest_address: str, allow_pipe: bool, place: Place) -> ShardS
         place.control, lambda: ShardSet.pack(manifest_address, allow_pipe=allow_pipe), manifest_address, DataError
     )
     return ShardSet.unpack(manifest_address, packed, allow_pipe=allow_pipe)
+
+
+def _load_teacher(section: TeacherSection, model_class: str, control: Control) -> PreTrainedModel:
+    """On all ranks or on none, where they will cut it together. Raises ConfigError."""
+    if section.placement == "replicated":
+        return load_teacher(section, model_class)
+    teacher: PreTrainedModel | None = None
+    problem: StillhouseError | None = None
+    try:
+        teacher = load_teacher(section, model_class)
+    except StillhouseError as error:
+        problem = error
+    except Exception as error:  # a shared disk that is gone, no memory: the other ranks are about to wait for this one
+        problem = ConfigError(f"teacher.model: cannot load {section.model!r}: {type(error).__name__}: {error}")
+    told = [f"rank {rank}: {text}" for rank, text in enumerate(control.gather(problem and str(problem))) if text]
+    if told:
+        raise problem or ConfigError("; ".join(told))
+    assert teacher is not None
+    return teacher
 
 
 def _cache(
@@ -141,7 +161,7 @@ def _cache(
             head = describe_head(tap.module, teacher.config)
             check_layers(config, head, teacher.config)
             head = map_tensors(head, lambda tensor: tensor.to(DTYPES[precision]))
-            joined = join_cache(config, shards, head, precision)
+            joined = join_cache(config, shards, head, described_precision(config.teacher, precision))
             fold(joined, shards.manifest)
             fingerprint = joined.identity.teacher
         elif config.teacher.model is not None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from engine.config.cache import HiddenSection
@@ -18,7 +17,9 @@ from engine.errors import ConfigError, DataError
 from engine.losses.hidden import layer_pairs
 from engine.memory import VALUE_BYTES, StateBytes, activation_bytes, head_loss_bytes, student_state_bytes
 from engine.models import load_hf_config, shell
+from engine.remedies import teacher_changes, zero_changes
 from engine.student.build import student_config
+from engine.teacher.footprint import teacher_bytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -144,7 +145,7 @@ class Planner:
             student=counted,
             teacher=count_parameters(teacher) if teacher is not None else None,
             parts=(*parts, Part("context, libraries, fragmentation", RESERVE_BYTES[self._machine.kind])),
-            host_bytes=state.host,
+            host_bytes=state.host + _teacher_host_bytes(teacher, run),
             checkpoint_bytes=counted.total * (size + master_and_moments),
             flops_per_token=training_flops_per_token(
                 student, teacher, self._data.sequence_tokens, _head_fraction(config), config.run.gradient_checkpointing
@@ -159,7 +160,8 @@ class Planner:
         batch = self.plan().run.batch
         smaller = [size for size in range(batch.micro_sequences - 1, 0, -1) if batch.local_sequences % size == 0]
         changes = [f"batch.micro_sequences={size}" for size in smaller]
-        changes += ["run.gradient_checkpointing=true", *_zero_changes(self._config.zero)]
+        changes += ["run.gradient_checkpointing=true", *zero_changes(self._config.zero)]
+        changes += teacher_changes(self._config.teacher, self._machine.world_size)
         if smaller:
             changes.append(f"batch.micro_sequences={smaller[-1]} run.gradient_checkpointing=true")
         found: list[tuple[str, Plan]] = []
@@ -261,6 +263,13 @@ def _cached_parts(teacher: PreTrainedConfig, run: ResolvedRun, tokens: int) -> l
     return [Part("teacher head and states, cached", head + num_layers * tokens * config.hidden_size * size)]
 
 
+def _teacher_host_bytes(teacher: PreTrainedModel | None, run: ResolvedRun) -> int:
+    if teacher is None:
+        return 0
+    size = VALUE_BYTES[run.teacher_precision]
+    return teacher_bytes(teacher, run.config.teacher, size, run.batch.world_size).host
+
+
 def _teacher_parts(teacher: PreTrainedModel, run: ResolvedRun, tokens: int) -> list[Part]:
     """Weights, and the forward pass: one layer's tensors, and all layers' states when a term asks for them."""
     config, size = teacher.config.get_text_config(), VALUE_BYTES[run.teacher_precision]
@@ -268,13 +277,8 @@ def _teacher_parts(teacher: PreTrainedModel, run: ResolvedRun, tokens: int) -> l
     working = tokens * (2 * inner + 4 * config.hidden_size) * size
     if any(isinstance(term, HiddenTerm) for term in run.config.losses):
         working += tokens * (config.num_hidden_layers + 1) * config.hidden_size * size
-    return [Part("teacher weights", count_parameters(teacher).total * size), Part("teacher forward pass", working)]
-
-
-def _zero_changes(zero: object) -> list[str]:
-    """Other settings that lie beside the run's DeepSpeed JSON and shard more."""
-    if not isinstance(zero, str):
-        return []
-    path = Path(zero)
-    beside = [path.with_name(path.name.replace("zero2", "zero3")), path.with_name("zero3_offload.json")]
-    return [f"zero={other}" for other in beside if other.is_file() and other != path]
+    if run.config.teacher.overlap:
+        working += tokens * config.hidden_size * size
+    weights = teacher_bytes(teacher, run.config.teacher, size, run.batch.world_size)
+    gathered = [Part("teacher layers gathered", weights.gathered)] if weights.gathered else []
+    return [Part("teacher weights", weights.weights), *gathered, Part("teacher forward pass", working)]

@@ -23,6 +23,7 @@ from engine.metrics import RecordMaker
 from engine.schedule import learning_rate_factor
 from engine.schema import StepBatches
 from engine.state import TrainState, rng_state
+from engine.teacher.ahead import InTurn, OneAhead
 from engine.teacher.source import TargetSource
 from engine.tracking import Tracker
 from engine.watch import Watch
@@ -48,6 +49,7 @@ class Trainer:
     engine: StudentEngine
     objective: Objective
     source: TargetSource
+    turns: InTurn | OneAhead
     loader: Steps
     evaluator: Evaluator | None
     store: CheckpointStore
@@ -164,10 +166,10 @@ class Trainer:
 
     def _step(self, fetched: StepBatches, context: StepContext) -> None:
         learning_rate = self._learning_rate()
-        for micro_batch in fetched.micro_batches:
-            batch = micro_batch.to(self.device)
+        asked = self.turns.over(fetched.micro_batches)
+        for _ in fetched.micro_batches:
             with self.timer.phase("teacher"):
-                targets = self.source.targets_for(batch, self.objective.rows(batch))
+                batch, targets = next(asked)
             with self.timer.phase("student"):
                 with self.timer.phase("forward"):
                     loss, metrics = self.engine(batch, targets, context)

@@ -21,6 +21,7 @@ from engine.errors import ConfigError
 from engine.log import run_main
 
 if TYPE_CHECKING:
+    from engine.config.run import TeacherSection
     from engine.cost import ParameterCount
     from engine.planning import Machine, Plan
 
@@ -107,9 +108,15 @@ def _run_lines(plan: Plan, machine: Machine) -> list[str]:
         f"Student     {_model(plan.student)}, {run.precision}",
     ]
     if plan.teacher is not None:
-        placement = run.config.teacher.placement
-        lines.append(f"Teacher     {_model(plan.teacher)}, {run.teacher_precision}, {placement}")
+        lines.append(f"Teacher     {_model(plan.teacher)}, {run.teacher_precision}, {_placement(run.config.teacher)}")
     return [*lines, f"ZeRO        stage {run.zero_stage}, {plan.deepspeed_name}"]
+
+
+def _placement(teacher: TeacherSection) -> str:
+    parts = [teacher.placement + (f" over {teacher.tp_size}" if teacher.tp_size else "")]
+    parts += ["weights on the host"] if teacher.offload == "cpu" else []
+    parts += [teacher.quantize] if teacher.quantize != "none" else []
+    return ", ".join(parts)
 
 
 def _memory_lines(plan: Plan) -> list[str]:

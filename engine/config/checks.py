@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from engine.config.run import RunConfig, ScheduleSection, TaskSection
+from engine.config.run import RunConfig, ScheduleSection, TaskSection, TeacherSection
 from engine.config.terms import Ramp, Term
 from engine.errors import ConfigError
 
@@ -25,6 +25,8 @@ def check_run(config: RunConfig, num_steps: int) -> None:
     """Raises ConfigError with every contradiction in ``config``, one a line."""
     checks = (
         _teacher(config),
+        _placement(config.teacher),
+        _quantize(config.teacher),
         _ramps(config, num_steps),
         _schedule(config, num_steps),
         _evaluation(config),
@@ -42,6 +44,11 @@ def check_cache(config: RunConfig) -> None:
             f"to make a cache give teacher.model and teacher.cache (found model {teacher.model}, cache "
             f"{teacher.cache}); with teacher.kind: cached the same file then trains from it"
         )
+    if teacher.placement != "replicated":
+        raise ConfigError(
+            f"teacher.placement: {teacher.placement} cannot fill a cache: each rank is a job of its own there; use "
+            "placement: replicated, with offload: cpu or quantize: int8 if the teacher is too large"
+        )
 
 
 def _teacher(config: RunConfig) -> Iterator[str]:
@@ -58,6 +65,38 @@ def _teacher(config: RunConfig) -> Iterator[str]:
         yield f"student.init: {config.student.init} needs weights; give teacher.model beside teacher.cache"
     elif not compared and config.student.init is None:
         yield "no term compares with the teacher, which would run for nothing; add one, or set teacher.kind: none"
+
+
+def _placement(teacher: TeacherSection) -> Iterator[str]:
+    if teacher.kind == "none":
+        for name, idle in (("placement", "replicated"), ("offload", "none"), ("quantize", "none"), ("overlap", False)):
+            if getattr(teacher, name) != idle:
+                yield f"teacher.{name}: {getattr(teacher, name)} has no effect with teacher.kind: none; remove it"
+        return
+    if teacher.kind == "cached":
+        if teacher.overlap:
+            yield "teacher.overlap has no effect with teacher.kind: cached, whose targets are read ahead; remove it"
+        if teacher.placement != "replicated":
+            yield (
+                f"teacher.placement: {teacher.placement} needs all ranks at each question, and a cached teacher is "
+                "asked by one rank alone; use placement: replicated, with offload: cpu if it is too large"
+            )
+        return
+    if teacher.overlap and teacher.placement != "replicated":
+        yield (
+            f"teacher.overlap needs placement: replicated, found {teacher.placement}: its messages between ranks would "
+            "mix with the student's; set teacher.overlap: false"
+        )
+    if teacher.offload == "cpu" and teacher.placement == "tensor_parallel":
+        yield "teacher.offload: cpu does not go with placement: tensor_parallel; use placement: zero3"
+
+
+def _quantize(teacher: TeacherSection) -> Iterator[str]:
+    if teacher.quantize != "none" and (teacher.placement != "replicated" or teacher.offload != "none"):
+        yield (
+            f"teacher.quantize: {teacher.quantize} needs placement: replicated and offload: none, found "
+            f"{teacher.placement} and {teacher.offload}; quantised weights are neither cut nor moved"
+        )
 
 
 def _ramps(config: RunConfig, num_steps: int) -> Iterator[str]:

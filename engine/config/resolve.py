@@ -77,6 +77,7 @@ def resolve(
     """The run on ``world_size`` ranks. Raises ConfigError when its parts do not fit together."""
     check_names(deepspeed_json, deepspeed_name)
     _check_data(config, world_size, data)
+    _check_tensor_parallel(config.teacher.tp_size, world_size)
     batch = plan_batch(config.batch, world_size)
     num_steps = plan_steps(config, data.num_samples)
     check_run(config, num_steps)
@@ -135,6 +136,17 @@ def _check_data(config: RunConfig, world_size: int, data: DataFacts) -> None:
         )
     if data.task != config.task.kind:
         raise ConfigError(f"{config.data.manifest} was built for {data.task}, but task.kind is {config.task.kind}")
+
+
+def _check_tensor_parallel(tp_size: int | None, world_size: int) -> None:
+    if tp_size is not None and world_size % tp_size:
+        divisors = [size for size in range(2, world_size + 1) if world_size % size == 0]
+        near = sorted(sorted(divisors, key=lambda size: abs(size - tp_size))[:2])
+        advice = f"use tp_size {_either(near)}, or " if near else ""
+        raise ConfigError(
+            f"teacher.tp_size = {tp_size} does not divide {world_size} {'rank' if world_size == 1 else 'ranks'}; "
+            f"{advice}{_nearest_multiples(world_size, tp_size)} ranks"
+        )
 
 
 def _precision(wanted: str, accelerator: Accelerator, content: Mapping[str, Any], name: str) -> str:

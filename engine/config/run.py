@@ -118,10 +118,21 @@ class TeacherSection(ModelSection):
     tail: Literal["bucket", "renormalise", "residual_to_label"] = "bucket"
     """What becomes of the mass that `top_k` and `top_p` do not keep: one more outcome, nothing (the kept ids are
     scaled up), or the label's."""
-    placement: Literal["replicated"] = "replicated"
-    """Where the teacher's weights lie: whole on every device."""
+    placement: Literal["replicated", "zero3", "tensor_parallel"] = "replicated"
+    """Where an online teacher's weights lie: whole on every device; cut over all ranks and gathered layer by layer; or
+    each layer computed by `tp_size` ranks together. Its vocabulary head is whole on every device."""
+    tp_size: Annotated[int, Field(ge=2)] | None = None
+    """Ranks that compute a teacher's layer together under `tensor_parallel`: neighbours, best on one host."""
+    offload: Literal["none", "cpu"] = "none"
+    """`cpu`: the weights stay in host memory, each layer is brought to the device when it is its turn. With `zero3`
+    each rank holds its share of them, with `replicated` all of them."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Precision of the teacher. `auto` is the student's."""
+    quantize: Literal["none", "int8"] = "none"
+    """`int8`: the weights of its linear layers in 8 bits, each row with a scale of its own; needs torchao."""
+    overlap: bool = False
+    """On a GPU, ask a `replicated` teacher about the next micro-batch of a step while the student works on this one, on
+    a stream of its own. Costs one more micro-batch of teacher states. On a CPU it changes nothing."""
 
     @model_validator(mode="after")
     def _model_named(self) -> TeacherSection:
@@ -133,6 +144,8 @@ class TeacherSection(ModelSection):
             raise ValueError("teacher.on_missing: ask needs teacher.kind: cached and teacher.model")
         if self.kind == "none" and self.model is not None:
             raise ValueError("teacher.model is given but teacher.kind is none; say kind: online")
+        if (self.placement == "tensor_parallel") != (self.tp_size is not None):
+            raise ValueError("teacher.tp_size goes with teacher.placement: tensor_parallel")
         return self
 
 

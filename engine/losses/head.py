@@ -73,6 +73,20 @@ def describe_head(module: nn.Module, model_config: Any) -> Head:
     return Head(weight, getattr(module, "bias", None), scale, float(softcap) if softcap else None)
 
 
+def keep_head_whole(model: PreTrainedModel, device: torch.device, dtype: torch.dtype) -> None:
+    """Turn the head's weight and bias into plain tensors of their module, copied to ``device`` in ``dtype``.
+
+    What cuts or moves a model's parameters then passes them by, and the fused loss has them at hand. A tied embedding
+    stays a parameter.
+    """
+    module = model.get_output_embeddings()
+    for name in ("weight", "bias"):
+        parameter = module._parameters.get(name)
+        if parameter is not None:
+            del module._parameters[name]
+            setattr(module, name, parameter.detach().to(device, dtype, copy=True))
+
+
 TILE_IDS = 512
 """Columns of logits that a CPU forms at once: MKL writes tiles that stay in a core's cache 1.4 times as fast."""
 

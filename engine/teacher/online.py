@@ -30,9 +30,16 @@ class OnlineTeacher:
     @torch.inference_mode()
     def targets_for(self, batch: Batch, rows: Tensor) -> DenseTargets:
         """Hidden states [N, G] at ``rows``, with the head; the states of all layers when a term asks for them."""
-        output = self.model(**self._model_inputs(batch, self.model), output_hidden_states=self._hidden_states)
-        states = tuple(output.hidden_states) if self._hidden_states else ()
+        return self._ask(batch, rows)
+
+    def _ask(self, batch: Batch, rows: Tensor) -> DenseTargets:
+        states = self._run(batch)
         return DenseTargets(select_rows(self.tap.take(), rows), self.head, states)
+
+    def _run(self, batch: Batch) -> tuple[Tensor, ...]:
+        """One forward; the tap has what went into the head."""
+        output = self.model(**self._model_inputs(batch, self.model), output_hidden_states=self._hidden_states)
+        return tuple(output.hidden_states) if self._hidden_states else ()
 
     def complete(self, step: StepBatches) -> StepBatches:
         return step

@@ -3,6 +3,7 @@
 import engine.zero.environment  # noqa: F401  - before deepspeed is imported anywhere
 from engine.zero.group import build_ops, init_distributed
 from engine.zero.loading import TAG, consolidate
+from engine.zero.placement import shard_teacher
 from engine.zero.snapshot import SnapshotWriter
 from engine.zero.student import StudentEngine
 from engine.zero.universal import UNIVERSAL, convert
@@ -16,4 +17,5 @@ __all__ = [
     "consolidate",
     "convert",
     "init_distributed",
+    "shard_teacher",
 ]

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 
 from engine.config.run import OptimizerSection
+from engine.meeting import meet
+from engine.rendezvous import read_ranks
 from engine.zero import build_ops, init_distributed
 from tests import tiny
 
@@ -44,7 +46,7 @@ def peak_bytes(config: dict[str, Any]) -> tuple[int, int]:
 
 
 def main() -> None:
-    init_distributed(300.0)
+    init_distributed(meet(read_ranks()), 300.0)
     build_ops()
     measured = [peak_bytes(config) for config in json.loads(sys.argv[1])]
     if torch.distributed.get_rank() == 0:

@@ -10,8 +10,10 @@ RANK = """
 import glob, os
 import torch
 os.environ["LOCAL_SIZE"] = os.environ["WORLD_SIZE"]  # as the deepspeed launcher does
+from engine.meeting import meet
+from engine.rendezvous import read_ranks
 from engine.zero import init_distributed
-init_distributed(60.0)
+init_distributed(meet(read_ranks()), 60.0)
 torch.distributed.barrier()
 assert "deepspeed_allreduce_buffer" in open("/proc/self/maps").read(), "DeepSpeed's buffers are called otherwise now"
 assert not glob.glob(f"/dev/shm/deepspeed_allreduce_buffer_*_{os.environ['MASTER_PORT']}_*")

@@ -150,6 +150,24 @@ def test_the_host_does_not_wait_within_a_step(
     assert not ours, ours
 
 
+@pytest.mark.usefixtures("deterministic")
+@pytest.mark.parametrize("number", [2, 3])
+@pytest.mark.parametrize("offload", ["none", "cpu"])
+def test_a_teacher_one_micro_batch_ahead_changes_no_loss(root: Path, task: str, number: int, offload: str) -> None:
+    """Each step has four micro-batches, so that targets of one are given back while others are in use."""
+    losses, weights = [], []
+    for overlap in (False, True):
+        config = settings(root, task, f"ahead_{number}_{offload}_{overlap}", STEPS, "bf16", stage(number))
+        config["teacher"] |= {"overlap": overlap, "offload": offload}
+        distiller = Distiller(config)
+        distiller.fit()
+        losses.append([record["loss/objective"] for record in records(distiller.folder)])
+        weights.append(consolidate(newest(distiller.folder / "checkpoints")))
+    assert losses[0] == losses[1]
+    for name in weights[0]:
+        assert torch.equal(weights[0][name], weights[1][name]), name
+
+
 def test_batches_come_pinned(root: Path, task: str) -> None:
     """A copy from pageable memory makes the host wait, whatever non_blocking says."""
     seen: list[bool] = []

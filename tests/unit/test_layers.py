@@ -18,12 +18,12 @@ errors schema state schedule redaction
 rendezvous
 meeting
 dist log config watch digests sharing
-data losses tracking models meter cost
+data losses tracking models meter cost remedies
 cache incarnation
 tasks teacher student memory
 zero checkpoint export evaluation report metrics runfolder planning
 trainer parts hosts
-resume compare asking
+resume compare asking placement
 build capture finish
 distiller
 launch data_tools
