@@ -31,7 +31,8 @@ from engine.zero import StudentEngine
 
 log = logging.getLogger("stillhouse")
 
-MAX_SLOW_NAMED = 8
+SLOW_RECORDS, MAX_SLOW_NAMED = 3, 8
+"""A rank is told of once it was slow in so many records running."""
 
 
 class Steps(Protocol):
@@ -67,7 +68,7 @@ class Trainer:
         self.meter = Meter(len(self.objective.metric_names), self.device)
         self.timer = PhaseTimer(self.device, self.watch.doing)
         self.local_bad = 0
-        self.slow_before: set[str] = set()
+        self.slow_for: dict[str, int] = {}
         self.skipped_before = self.engine.num_skipped_steps
         self.session_start = time.perf_counter() - self.state.elapsed_seconds
 
@@ -212,10 +213,11 @@ class Trainer:
         own = sum(seconds.get(phase, 0.0) for phase in ("data", "teacher", "forward"))
         self.watch.now.own_seconds = own / self.run.config.tracking.every_steps
         middle, slow = self.watch.slow_ranks()
-        if slow and slow.keys() != self.slow_before:
-            told = ", ".join(f"{name} {seconds:.3f} s" for name, seconds in list(slow.items())[:MAX_SLOW_NAMED])
+        self.slow_for = {name: self.slow_for.get(name, 0) + 1 for name in slow}
+        lasting = [name for name, num_records in self.slow_for.items() if num_records == SLOW_RECORDS]
+        if lasting:
+            told = ", ".join(f"{name} {slow[name]:.3f} s" for name in lasting[:MAX_SLOW_NAMED])
             log.warning("slow, in seconds of a step's own work: %s; the median of all ranks is %.3f s", told, middle)
-        self.slow_before = set(slow)
         return {"ranks/median_own_seconds": middle, "ranks/num_slow": float(len(slow))} if middle else {}
 
     def _evaluate(self) -> None:
