@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import psutil
 
 LAUNCHERS = ("deepspeed", "torchrun", "torch.distributed.run")
+REMOTE_END = "deepspeed.launcher.launch"
+"""What DeepSpeed starts on each host; over ssh there is no other launcher above it on that host."""
 
 
 @dataclass(frozen=True)
@@ -17,16 +20,29 @@ class Launcher:
 
     @staticmethod
     def find() -> Launcher:
-        """Those of deepspeed and torchrun: a shell above them may end while its run goes on (nohup, tmux)."""
-        return Launcher(tuple(parent for parent in psutil.Process().parents() if _launches(parent)))
+        return Launcher(tuple(_launching(psutil.Process().parents())))
 
     def has_ended(self) -> bool:
         return not all(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in self.processes)
 
 
-def _launches(process: psutil.Process) -> bool:
+def _launching(above: list[psutil.Process]) -> Iterator[psutil.Process]:
+    """Those of deepspeed and torchrun. A shell above them may end while its run goes on (nohup, tmux), but what ssh
+    started for a launcher on another host ends with the connection."""
+    found = [(process, _words(process)) for process in above]
+    launchers = [number for number, (_, words) in enumerate(found) if any(name in words for name in LAUNCHERS)]
+    for number in launchers:
+        yield found[number][0]
+    if not launchers or REMOTE_END not in found[launchers[-1]][1]:
+        return
+    for process, words in found[launchers[-1] + 1 :]:
+        yield process
+        if words.startswith("sshd"):
+            return
+
+
+def _words(process: psutil.Process) -> str:
     try:
-        words = process.cmdline()[:4]
+        return " ".join(process.cmdline()[:4])
     except psutil.Error:
-        return False
-    return any(name in word for word in words for name in LAUNCHERS)
+        return ""

@@ -121,15 +121,15 @@ def test_a_silent_host(
 
 
 def test_a_launcher_that_was_killed(lab: Lab, root: Path, undisturbed: dict[int, float]) -> None:
-    """Its ranks train on as orphans; the same command again takes the run over, and they leave."""
+    """It can end nobody, on no host. Its ranks leave by themselves, and the next launch waits for their port."""
     run = training(lab, root, "orphans", pace_seconds=1.0)
     command = run.start(HOSTS)
-    run.wait_for_step(3, command)
+    run.wait_for_step(5, command)
     command.kill()
     old = {host: ranks(run, host) for host in HOSTS}
     assert all(old.values())
-    again = run.start(HOSTS, words="--resume auto")
-    wait_until(lambda: not any(pid in ranks(run, host) for host in HOSTS for pid in old[host]), 90, "the orphans to go")
+    again = run.start(HOSTS)
+    wait_until(lambda: not any(pid in ranks(run, host) for host in HOSTS for pid in old[host]), 60, "the orphans to go")
     run.wait(again)
     assert run.losses() == undisturbed
 
@@ -208,23 +208,24 @@ def test_the_ranks_of_a_cut_off_node_are_fenced(slurm: Slurm, root: Path, record
     """A run on one node needs nobody, so it trains on when its node is cut off, into the same folder."""
     calm = training(slurm.lab, root, "calm1", pace_seconds=0.0)
     calm.wait(calm.start(HOSTS[:1]))
-    run = training(slurm.lab, root, "split", pace_seconds=1.0)
-    job = slurm.submit(["--nodelist=node1", str(script(run, 1))], run.work)
+    run = training(slurm.lab, root, "split", pace_seconds=2.0)
+    batch = script(run, 1)
+    batch.write_text(batch.read_text().replace("exec", "[ -z $SLURM_RESTART_COUNT ] || export PACE_SECONDS=0\nexec"))
+    job = slurm.submit(["--nodelist=node1", str(batch)], run.work)
     wait_until(lambda: run.last_step() >= 3, 120, "step 3")
-    (old,) = slurm.lab.processes("node1", "python", "distill.py", "--config", str(run.config))[-1:]
+    commands = slurm.lab.processes("node1", "distill.py", str(run.config))
+    (old,) = [pid for pid in commands if Path(f"/proc/{pid}/comm").read_text().startswith("python")]
     faults.partition(slurm.lab, "node1")
     slurm.wait_for_state(job, "PENDING", seconds=60)
-    assert Path(f"/proc/{old}").exists()  # two of the same run
+    before = run.last_step()
+    wait_until(lambda: run.last_step() > before, 30, "a step of the old rank: there will be two of the same run")
     slurm.run(f"scontrol update JobId={job} ReqNodeList=")
     slurm.start_now(job)
-    began = time.monotonic()
     wait_until(lambda: (run.folder / "incarnations" / "000002.json").exists(), 120, "the second launch")
     taken = time.monotonic()
     wait_until(lambda: old not in slurm.lab.processes("node1", str(run.config)), 30, "the old rank to leave")
     record_property("seconds_to_fence", round(time.monotonic() - taken, 1))
-    assert taken > began
     slurm.wait_for_state(job, "COMPLETED", seconds=120)
     assert run.losses() == calm.losses()
-    marks = [int((path / "COMPLETE").read_text()) for path in complete_checkpoints(run.folder / "checkpoints")]
-    assert marks == [2, 2]
+    assert [(path / "COMPLETE").read_text() for path in complete_checkpoints(run.folder / "checkpoints")][-1] == "2"
     assert "this launch (number 1) has been replaced by another, number 2" in (run.folder / "log.txt").read_text()
