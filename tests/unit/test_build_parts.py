@@ -111,7 +111,7 @@ def kill_after_pieces(command: list[str], folder: Path, num_pieces: int) -> None
 def test_a_killed_part_goes_on_after_its_last_piece(
     decoder_tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    source = write_text(tmp_path / "a.txt", some_documents(3000, longest=100))
+    source = write_text(tmp_path / "a.txt", some_documents(1500, longest=60))
     wanted = arguments(source, decoder_tokenizer, tmp_path / "out", *OPTIONS)
     program = (
         "import sys; from data_tools import build_shards, dealing, parts, tokenizing;"
