@@ -10,6 +10,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from tests import tiny
 from tests.cluster.hosts import HEAD, ROOT, wait_until
 from tests.cluster.slurm import Slurm
