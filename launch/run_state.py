@@ -23,11 +23,12 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> int:
     arguments = parse_arguments()
+    from engine.checkpoint import complete_checkpoints, step_of
     from engine.config.load import load_config
 
     config = load_config(arguments.config, arguments.overrides)
     folder = Path(config.run.output) / config.run.name
-    steps = [int(path.parent.name[5:]) for path in folder.glob("checkpoints/step_*/COMPLETE")]
+    steps = [step_of(checkpoint) for checkpoint in complete_checkpoints(folder / "checkpoints")]
     cached = 0
     if config.teacher.cache is not None:
         cached = num_sidecars(config.teacher.cache, config.data.manifest)
