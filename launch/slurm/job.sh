@@ -79,9 +79,9 @@ run_alone() {
 pass_on() { # SIGNAL
     num_signals=$((num_signals + 1))
     signalled=$1
-    say "$1 was received and is passed on to the ranks"
+    say "$1 was received; the ranks are asked for a checkpoint"
     asked_at=${asked_at:-$SECONDS}
-    kill -s "$1" "$step" 2>/dev/null
+    kill -s USR1 "$step" 2>/dev/null # never TERM: srun would kill the ranks at once
 }
 
 # Run a program on every rank and wait for its end. Sets code and signalled, and verdict to what a rank left with: 2, an
