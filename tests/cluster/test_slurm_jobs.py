@@ -14,7 +14,7 @@ import pytest
 
 from tests import tiny
 from tests.cluster.hosts import HEAD, ROOT, wait_until
-from tests.cluster.slurm import Slurm
+from tests.cluster.slurm import ENDED, Slurm
 from tests.cluster.training import START_SECONDS, Training
 from tests.launching import write_config
 from tests.sharding import some_documents, write_text
@@ -65,9 +65,12 @@ class DistillJob:
         """Until the job was started for the ``number``-th time, without the two minutes that Slurm puts in between."""
 
         def reached() -> bool:
-            if self.slurm.state(self.number) == "PENDING":
+            state = self.slurm.state(self.number)
+            assert state not in ENDED, f"{state}\n{self.output()}"
+            if state == "PENDING":
+                time.sleep(3)  # in the second of the requeue Slurm refuses the job's own credential
                 self.slurm.run(f"scontrol update JobId={self.number} StartTime=now", check=False)
-                time.sleep(1)
+                time.sleep(3)
             return self.num_launches() >= number
 
         wait_until(reached, START_SECONDS, f"launch {number}; {self.output()}")
