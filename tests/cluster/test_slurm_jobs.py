@@ -121,7 +121,7 @@ def test_asked_to_stop_it_is_safe_requeued_and_goes_on_to_the_end(slurm: Slurm, 
 def test_a_job_that_was_not_warned_of_its_time_limit_is_requeued(slurm: Slurm, tmp_path: Path) -> None:
     run = Training(slurm.lab, tmp_path, "run")
     waits = "import signal, sys; signal.signal(signal.SIGTERM, lambda *_: sys.exit(0)); signal.pause()"
-    job = DistillJob(slurm, run, checkout(tmp_path / "home", waits), "--time=1", "--signal=0")
+    job = DistillJob(slurm, run, checkout(tmp_path / "home", waits), "--time=1", "--signal=B:CONT@1")
     job.wait_for("RUNNING")
     job.wait_for("PENDING")
     assert "TERM was received" in job.output()
@@ -162,8 +162,9 @@ def wait_for_end(slurm: Slurm, jobs: list[int], folder: Path, seconds: float) ->
         return "\n".join(f"--- {path.name}\n{path.read_text()[-3000:]}" for path in sorted(folder.glob("*.out")))
 
     def done() -> bool:
-        states = re.findall(r"JobState=(\S+)", slurm.run("scontrol --oneliner show job", check=False))
-        assert not {"FAILED", "CANCELLED", "TIMEOUT"} & set(states), f"{states}\n{output()}"
+        shown = re.findall(r"^JobId=(\d+).* JobState=(\S+)", slurm.run("scontrol --oneliner show job"), re.MULTILINE)
+        states = {state for number, state in shown if int(number) >= min(jobs)}
+        assert not {"FAILED", "CANCELLED", "TIMEOUT"} & states, f"{states}\n{output()}"
         return not slurm.queue()
 
     wait_until(done, seconds, f"jobs {jobs} to end; {output()}")
