@@ -146,8 +146,12 @@ requeue() { # PROGRESS UNIT
     if [[ $shown =~ \ Restarts=([0-9]+) && ${BASH_REMATCH[1]} != "${SLURM_RESTART_COUNT:-0}" ]]; then
         give_up 4 "Slurm has started this job again already; this launch leaves"
     fi
-    stop_if_stuck "$@"
-    say "requeued, to go on from $2 $1"
+    if [[ $signalled == TERM ]]; then
+        say "requeued, to go on from what was saved last"
+    else
+        stop_if_stuck "$@"
+        say "requeued, to go on from $2 $1"
+    fi
     trap 'exit 0' TERM
     for _ in 1 2 3 4 5 6; do
         if scontrol requeue "$job"; then

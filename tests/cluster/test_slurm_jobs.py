@@ -126,7 +126,7 @@ def test_a_job_that_was_not_warned_of_its_time_limit_is_requeued(slurm: Slurm, t
     # for a moment it counts as ended
     wait_until(lambda: slurm.state(job.number) == "PENDING", START_SECONDS, "a place in the queue")
     assert "TERM was received" in job.output()
-    assert "requeued, to go on from step 0" in job.output()
+    assert "requeued, to go on from what was saved last" in job.output()
 
 
 def test_a_cancelled_job_saves_and_stays_away(slurm: Slurm, tmp_path: Path) -> None:
