@@ -3,40 +3,45 @@
     python data_tools/build_shards.py --task masked_lm --input 'corpus/*.txt' --tokenizer bert-base-uncased \\
         --sequence-tokens 512 --output shards
 
-The same input and settings give the same bytes, whatever the number of workers and however often it was killed and
-started again. docs/data.md describes the inputs and the format.
+With ``--part I/N`` a job does one of N parts of the work, anywhere; with ``--merge N`` another packs them all.
+The same input and settings give the same bytes, whatever the number of workers and parts, and however often it was
+killed and started again. docs/data.md describes the inputs and the format.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
-import shlex
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from data_tools.packing import Packed, Packer, Position, framing_of
+from data_tools.dealing import Share, deal, is_own, parse_share
+from data_tools.packing import Packer, framing_of
+from data_tools.parts import PartFolder, Parts, remove_parts
+from data_tools.pieces import Kind, Place, Tokenised
 from data_tools.readers import find_inputs, read_documents
-from data_tools.shard_folder import ShardFolder, clear
+from data_tools.shard_folder import clear, refuse_other_settings
+from data_tools.shard_stream import START, Stream, size_and_time, stamped, wanted_manifest
 from data_tools.sizes import byte_count, show_bytes
 from data_tools.tokenizing import TokenizerSpec, encode_in_order
 from engine.data.manifest import MANIFEST, Manifest
 from engine.data.stateless import fold
 from engine.errors import DataError
 from engine.log import Progress, run_main
-from engine.redaction import redact_words
-from engine.tasks.tokenizer import fingerprint, load_tokenizer, vocab_size
+from engine.tasks.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 HELDOUT = "heldout"
 _SHOW_EVERY = 256
+_Tag = tuple[Place, Kind]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -44,156 +49,153 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return build(options)
     except OSError as problem:
-        raise DataError(f"{problem}; run the same command again to go on after the last finished shard") from problem
+        raise DataError(f"{options.output}: {problem}; run the same command again to go on from there") from problem
 
 
 def build(options: argparse.Namespace) -> int:
-    """Read, tokenise, pack and write. Raises ConfigError and DataError."""
+    """Read, tokenise, pack and write, or one half of it. Raises ConfigError and DataError."""
     inputs = find_inputs(options.input)
     tokenizer = load_tokenizer(options.tokenizer)
+    if options.part:
+        return _build_part(inputs, tokenizer, options)
     started = time.monotonic()
+    parts = None
+    if options.merge and (options.overwrite or not (options.output / MANIFEST).exists()):
+        parts = Parts(options.output, options.merge, wanted_manifest(tokenizer, options), stamped(inputs))
     with ExitStack() as open_streams:
-        training = open_streams.enter_context(_Stream(options.output, tokenizer, inputs, options))
+        training = open_streams.enter_context(Stream(options.output, tokenizer, inputs, options))
         heldout = None
         if options.split_heldout:
-            heldout = open_streams.enter_context(_Stream(options.output / HELDOUT, tokenizer, inputs, options))
+            heldout = open_streams.enter_context(Stream(options.output / HELDOUT, tokenizer, inputs, options))
         elif options.overwrite:
             clear(options.output / HELDOUT)  # those documents are now trained on
         streams = [training, heldout] if heldout else [training]
         if all(stream.is_complete for stream in streams):
-            _refuse_newer(inputs, options.output / MANIFEST)
-            print(f"{options.output}: complete already, nothing to do (--overwrite builds it anew)")
+            _say_complete(inputs, options)
+            remove_parts(options.output, options.merge)
             return 0
-        texts = _Texts(inputs, options, training, heldout)
+        source = _Merged(parts, streams) if parts else _Texts(inputs, tokenizer, options, streams)
         with Progress(total=None, label="documents") as progress:
-            for (stream, document), ids in encode_in_order(texts, TokenizerSpec.of(tokenizer), options.workers):
+            for stream, document, ids in source:
                 stream.feed(document, ids)
                 if document % _SHOW_EVERY == 0:
                     progress.update(document + 1, {"tokens": f"{sum(s.num_tokens for s in streams):,}"})
         for stream in reversed(streams):  # the main manifest comes last
             stream.finish()
-    _print_summary(streams, texts.num_empty, time.monotonic() - started)
+    remove_parts(options.output, options.merge)
+    _print_summary(streams, source.num_empty, time.monotonic() - started)
     return 0
 
 
-class _Stream:
-    """One of the two outputs: a packer and the folder that it fills."""
+def _build_part(inputs: list[str], tokenizer: PreTrainedTokenizerBase, options: argparse.Namespace) -> int:
+    """Tokenise one share of the documents and leave them for the merge."""
+    share, wanted = options.part, wanted_manifest(tokenizer, options)
+    Packer(framing_of(tokenizer, options.task), options.sequence_tokens, START)  # what it refuses is refused now
+    if (manifest := options.output / MANIFEST).exists() and not options.overwrite:
+        refuse_other_settings(manifest, Manifest.from_json(manifest.read_text(), str(manifest)), wanted)
+        _say_complete(inputs, options)
+        return 0
+    started = time.monotonic()
+    with PartFolder(options.output, share, wanted, stamped(inputs), overwrite=options.overwrite) as part:
+        if part.is_complete:
+            print(f"{part.folder}: complete already, nothing to do (--overwrite makes it anew)")
+            return 0
+        texts = _texts_of_part(inputs, options, part.next)
+        with Progress(total=None, label="documents") as progress:
+            for (place, kind), ids in encode_in_order(texts, TokenizerSpec.of(tokenizer), options.workers):
+                part.add(Tokenised(place, kind, ids))
+                if part.num_documents % _SHOW_EVERY == 0:
+                    progress.update(part.num_documents, {"tokens": f"{part.num_tokens:,}"})
+        part.finish()
+    seconds = time.monotonic() - started
+    print(f"part {share}: {part.num_documents:,} documents, {part.num_tokens:,} tokens in {part.folder}")
+    print(f"{part.num_tokens:,} tokens in {seconds:.1f} s: {part.num_tokens / seconds:,.0f} tokens/s")
+    return 0
 
-    def __init__(
-        self, folder: Path, tokenizer: PreTrainedTokenizerBase, inputs: list[str], options: argparse.Namespace
-    ) -> None:
-        wanted = Manifest(
-            task=options.task,
-            tokenizer=fingerprint(tokenizer),
-            vocab_size=vocab_size(tokenizer),
-            pad_id=next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0),
-            sequence_tokens=options.sequence_tokens,
-            num_documents=0,
-            shards=(),
-            token_counts_sha256="",
-            command=_command(options),
-        )
-        files = [(path, *_size_and_time(path)) for path in inputs if Path(path).is_file()]
-        self._framing = framing_of(tokenizer, options.task)
-        self.folder = folder
-        self._folder = ShardFolder(folder, wanted, files, overwrite=options.overwrite)
-        self._max_shard_bytes = options.shard_bytes
-        start = Position(*self._folder.position) if self._folder.position else Position(0, 0, 0)
-        self._packer = Packer(self._framing, options.sequence_tokens, start)
-        self.num_tokens = 0
-        """written by this process"""
 
-    @property
-    def is_complete(self) -> bool:
-        return self._folder.manifest is not None
+def _texts_of_part(inputs: list[str], options: argparse.Namespace, start: Place) -> Iterator[tuple[_Tag, str]]:
+    share: Share = options.part
+    owners = deal([size for _, size, _ in stamped(inputs)], share.num_parts)
+    for source, owner in enumerate(owners):
+        if source < start.source or owner not in (None, share.number):
+            continue
+        for document, text in enumerate(_documents(inputs[source], options)):
+            place = Place(source, document)
+            if place < start or not is_own(owner, document, share):
+                continue
+            if text.strip():
+                yield (place, Kind.HELDOUT if _is_heldout(text, options) else Kind.TRAINING), text
+            else:
+                yield (place, Kind.EMPTY), ""
 
-    @property
-    def manifest(self) -> Manifest:
-        assert self._folder.manifest is not None
-        return self._folder.manifest
 
-    def wants(self, document: int) -> bool:
-        """Whether this document is not wholly in finished shards yet."""
-        return not self.is_complete and document >= self._packer.position.document
-
-    def feed(self, document: int, ids: np.ndarray) -> None:
-        if len(ids):
-            self._write(self._packer.add(document, ids))
-
-    def finish(self) -> None:
-        if self.is_complete:
-            return
-        self._write(self._packer.last())
-        self._folder.cut(self._packer.position)
-        if self._folder.num_shards == 0:
-            raise DataError(f"no document for {self.folder}; give more input, or another --split-heldout")
-        self._folder.finish(self._packer.position.num_documents)
-
-    def __enter__(self) -> _Stream:
-        self._folder.__enter__()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._folder.__exit__(*error)  # type: ignore[arg-type]
-
-    def _write(self, sequences: Iterable[Packed]) -> None:
-        for token_ids, document_tokens, position in sequences:
-            self._folder.add(token_ids, document_tokens)
-            self.num_tokens += len(token_ids)
-            if self._folder.shard_bytes >= self._max_shard_bytes:
-                self._folder.cut(position)
+_Wanted = tuple[Stream, int, np.ndarray]
 
 
 class _Texts:
-    """The documents still to be tokenised, each with its number in the input and the stream that wants it."""
+    """The documents still to be packed, tokenised here: each with the stream that wants it, and its number."""
 
     def __init__(
-        self, inputs: list[str], options: argparse.Namespace, training: _Stream, heldout: _Stream | None
+        self,
+        inputs: list[str],
+        tokenizer: PreTrainedTokenizerBase,
+        options: argparse.Namespace,
+        streams: Sequence[Stream],
     ) -> None:
         self.num_empty = 0
-        self._inputs, self._options = inputs, options
-        self._training, self._heldout = training, heldout
+        self._inputs, self._tokenizer, self._options, self._streams = inputs, tokenizer, options, streams
 
-    def __iter__(self) -> Iterator[tuple[tuple[_Stream, int], str]]:
-        document = 0
-        options = self._options
-        for source in self._inputs:
-            for text in read_documents(source, text_column=options.text_column, one_per_line=options.one_per_line):
-                stream = self._stream_of(text)
-                if not text.strip():
-                    self.num_empty += 1
-                elif stream.wants(document):
-                    yield (stream, document), text
-                document += 1
+    def __iter__(self) -> Iterator[_Wanted]:
+        spec = TokenizerSpec.of(self._tokenizer)
+        for (stream, document), ids in encode_in_order(self._read(), spec, self._options.workers):
+            yield stream, document, ids
 
-    def _stream_of(self, text: str) -> _Stream:
-        """By a hash of the text: the same for ever, and copies of a document fall on the same side."""
-        if self._heldout is not None and fold("heldout", text) < self._options.split_heldout * 2**64:
-            return self._heldout
-        return self._training
+    def _read(self) -> Iterator[tuple[tuple[Stream, int], str]]:
+        texts = chain.from_iterable(_documents(source, self._options) for source in self._inputs)
+        for document, text in enumerate(texts):
+            stream = self._streams[_is_heldout(text, self._options)]
+            if not text.strip():
+                self.num_empty += 1
+            elif stream.wants(document):
+                yield (stream, document), text
 
 
-def _command(options: argparse.Namespace) -> str:
-    """The command without what does not change the result: where it is written, and by how many processes."""
-    words = ["python", "data_tools/build_shards.py", "--task", options.task, "--input", *options.input]
-    words += ["--tokenizer", options.tokenizer, "--sequence-tokens", str(options.sequence_tokens)]
-    words += ["--shard-bytes", str(options.shard_bytes), "--split-heldout", repr(options.split_heldout)]
-    words += ["--text-column", options.text_column, *(["--one-per-line"] if options.one_per_line else [])]
-    return shlex.join(redact_words(words))
+class _Merged:
+    """As _Texts, of documents that the parts have tokenised."""
+
+    def __init__(self, parts: Parts, streams: Sequence[Stream]) -> None:
+        self.num_empty = 0
+        self._parts, self._streams = parts, streams
+
+    def __iter__(self) -> Iterator[_Wanted]:
+        for document, (_, kind, ids) in enumerate(self._parts.documents()):
+            if kind == Kind.EMPTY:
+                self.num_empty += 1
+            elif (stream := self._streams[kind]).wants(document):
+                yield stream, document, ids
 
 
-def _size_and_time(path: str) -> tuple[int, int]:
-    status = os.stat(path)
-    return status.st_size, status.st_mtime_ns
+def _documents(source: str, options: argparse.Namespace) -> Iterator[str]:
+    return read_documents(source, text_column=options.text_column, one_per_line=options.one_per_line)
+
+
+def _is_heldout(text: str, options: argparse.Namespace) -> bool:
+    """By a hash of the text: the same for ever, and copies of a document fall on the same side."""
+    return bool(options.split_heldout) and fold("heldout", text) < options.split_heldout * 2**64
+
+
+def _say_complete(inputs: list[str], options: argparse.Namespace) -> None:
+    _refuse_newer(inputs, options.output / MANIFEST)
+    print(f"{options.output}: complete already, nothing to do (--overwrite builds it anew)")
 
 
 def _refuse_newer(inputs: list[str], manifest: Path) -> None:
     for path in inputs:
-        if Path(path).is_file() and _size_and_time(path)[1] > _size_and_time(str(manifest))[1]:
+        if Path(path).is_file() and size_and_time(path)[1] > size_and_time(str(manifest))[1]:
             raise DataError(f"{path} changed after {manifest} was made from it; --overwrite builds the shards anew")
 
 
-def _print_summary(streams: list[_Stream], num_empty: int, seconds: float) -> None:
+def _print_summary(streams: list[Stream], num_empty: int, seconds: float) -> None:
     for stream in streams:
         manifest = stream.manifest
         num_bytes = sum(shard.num_bytes for shard in manifest.shards)
@@ -220,7 +222,12 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--one-per-line", action="store_true", help="each line of a text file is a document")
     parser.add_argument("--text-column", default="text", help="column of the text in tables, JSON and data sets")
     parser.add_argument("--overwrite", action="store_true", help="delete the shards that OUTPUT holds, and start anew")
+    of_many = parser.add_mutually_exclusive_group()
+    of_many.add_argument("--part", type=parse_share, metavar="I/N", help="only tokenise part I of N, from 1/N to N/N")
+    of_many.add_argument("--merge", type=int, default=0, metavar="N", help="pack the N parts that are in OUTPUT")
     options = parser.parse_args(argv)
+    if options.merge < 0:
+        parser.error("--merge must be the number of parts, 1 or more")
     if options.workers < 1:
         parser.error("--workers must be at least 1")
     return options

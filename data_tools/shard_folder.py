@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import io
 import json
 import re
@@ -15,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from data_tools.folder_lock import FolderLock
 from engine.data.atomic import write_atomically
 from engine.data.manifest import MANIFEST, TOKEN_COUNTS, Manifest, ShardEntry, write_manifest
 from engine.data.record import token_dtype
@@ -22,8 +22,10 @@ from engine.data.shards import ShardWriter
 from engine.errors import DataError
 
 PROGRESS = ".progress.npz"
-_LOCK = ".lock"
 _OURS = re.compile(r"\.?shard-\d{6}\.(tar|index\.npy)(\.partial)?")
+_UNFINISHED = re.compile(
+    r"\.(\.progress\.npz|manifest\.json|token_counts\.npy|shard-\d{6}\.index\.npy)\.\w{8}\.partial"
+)
 _SETTINGS = ("task", "tokenizer", "vocab_size", "pad_id", "sequence_tokens", "command")
 
 
@@ -49,13 +51,16 @@ class ShardFolder:
         self._writer: ShardWriter | None = None
         self._writing = ExitStack()
         folder.mkdir(parents=True, exist_ok=True)
-        self._lock = self._take_lock()
+        self._lock = FolderLock(folder)
         try:
+            for path in folder.glob(".*.partial"):  # what a kill left of an atomic write
+                if _UNFINISHED.fullmatch(path.name):
+                    path.unlink()
             if overwrite:
                 clear(folder)
             self._resume()
         except BaseException:
-            self._release_lock()
+            self._lock.release()
             raise
 
     @property
@@ -102,28 +107,13 @@ class ShardFolder:
         try:
             self._writing.__exit__(kind, error, at)
         finally:
-            self._release_lock()
-
-    def _take_lock(self) -> io.TextIOWrapper:
-        lock = (self.folder / _LOCK).open("w")
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as problem:
-            lock.close()
-            raise DataError(f"{self.folder}: another process is writing shards there; wait for it to end") from problem
-        except OSError:
-            pass  # a file system without locks: the guard is lost, nothing else
-        return lock
-
-    def _release_lock(self) -> None:
-        (self.folder / _LOCK).unlink(missing_ok=True)
-        self._lock.close()
+            self._lock.release()
 
     def _resume(self) -> None:
         manifest_path, progress_path = self.folder / MANIFEST, self.folder / PROGRESS
         if manifest_path.exists():
             found = Manifest.from_json(manifest_path.read_text(), str(manifest_path))
-            self._compare(manifest_path, found)
+            refuse_other_settings(manifest_path, found, self._wanted)
             progress_path.unlink(missing_ok=True)
             self.manifest = found
         elif progress_path.exists():
@@ -151,7 +141,7 @@ class ShardFolder:
             state = json.loads(str(saved["state"]))
             self._token_counts = saved["token_counts"]
         begun = Manifest.from_json(state["wanted"], str(path))
-        self._compare(path, begun)
+        refuse_other_settings(path, begun, self._wanted)
         if state["source"] != self._source:
             raise DataError(f"{self.folder}: the input changed since these shards were begun; --overwrite starts anew")
         self._entries, self.position = list(begun.shards), state["position"]
@@ -160,17 +150,19 @@ class ShardFolder:
             if not shard.exists() or shard.stat().st_size != entry.num_bytes:
                 raise DataError(f"{shard}: finished earlier, now missing or of another size; --overwrite starts anew")
 
-    def _compare(self, path: Path, found: Manifest) -> None:
-        differences = []
-        for name in _SETTINGS:
-            there, here = str(getattr(found, name)), str(getattr(self._wanted, name))
-            if there != here:
-                differences.append(f"{name} there {_beyond(there, here)!r}, here {_beyond(here, there)!r}")
-        if differences:
-            raise DataError(
-                f"{path}: made with other settings: {'; '.join(differences)}; give another --output, or --overwrite "
-                "to replace it"
-            )
+
+def refuse_other_settings(path: Path, found: Manifest, wanted: Manifest) -> None:
+    """Raises DataError with every difference when what ``path`` describes was made with other settings."""
+    differences = []
+    for name in _SETTINGS:
+        there, here = str(getattr(found, name)), str(getattr(wanted, name))
+        if there != here:
+            differences.append(f"{name} there {_beyond(there, here)!r}, here {_beyond(here, there)!r}")
+    if differences:
+        raise DataError(
+            f"{path}: made with other settings: {'; '.join(differences)}; give another --output, or --overwrite "
+            "to replace it"
+        )
 
 
 def _beyond(setting: str, other: str) -> str:

@@ -52,6 +52,16 @@ def launched_rank() -> int:
     return int(next((os.environ[name] for name in names if name in os.environ), "0"))
 
 
+def launched_local_rank() -> int:
+    """The number of this process on its host, 0 when it has no launcher. Changes nothing."""
+    names = (
+        "LOCAL_RANK",
+        "OMPI_COMM_WORLD_LOCAL_RANK",
+        *(["SLURM_LOCALID"] if in_slurm_step(os.environ) else []),
+    )
+    return int(next((os.environ[name] for name in names if name in os.environ), "0"))
+
+
 def in_slurm_step(environment: Mapping[str, str]) -> bool:
     """Whether srun started this process: a batch script or a shell in an allocation has Slurm's variables as well."""
     return "SLURM_PROCID" in environment and int(environment.get("SLURM_STEP_ID", INTERACTIVE_STEP)) < INTERACTIVE_STEP

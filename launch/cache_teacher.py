@@ -14,13 +14,13 @@ from __future__ import annotations
 
 import argparse
 import logging
-import os
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from engine.errors import ConfigError
 from engine.log import Progress, run_main, setup
+from engine.rendezvous import launched_local_rank, launched_rank
 
 if TYPE_CHECKING:
     from engine.capture import Capture, Standing
@@ -55,7 +55,7 @@ def parse_shards(text: str | None, num_shards: int) -> list[int]:
 
 def main() -> int:
     arguments = parse_arguments()
-    rank = int(os.environ.get("RANK", "0"))
+    rank = launched_rank()
     setup(rank)
     import torch
 
@@ -67,7 +67,7 @@ def main() -> int:
     config = load_config(arguments.config, overrides)
     device = torch.device("cpu")
     if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        device = torch.device("cuda", launched_local_rank())
         torch.cuda.set_device(device)
     with StopSignal() as stop:
         capture = Capture(config, device)

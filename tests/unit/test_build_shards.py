@@ -102,6 +102,7 @@ def test_killed_and_started_again_gives_the_same_bytes(decoder_tokenizer: Path, 
         kill_after_shards(command, output, num_shards)
         assert (output / PROGRESS).exists()
         assert not (output / "manifest.json").exists()
+    (output / "..progress.npz.0123abcd.partial").write_text("left by a kill in mid-write")
     first = output / "shard-000000.tar"
     finished = first.stat().st_mtime_ns
     assert build_shards.main(wanted) == 0
