@@ -112,6 +112,7 @@ def run_config(folder: Path, name: str, arguments: argparse.Namespace) -> dict[s
         "batch": {"global_sequences": 8, "micro_sequences": 2},
         "losses": [{"kind": "forward_kl", "temperature": 2.0}, {"kind": "cross_entropy"}],
         "optimizer": {"learning_rate": 0.01},
+        "schedule": {"kind": "constant"},  # so that a run which ends elsewhere has the same steps
         "checkpoint": {"every_steps": arguments.checkpoint_every},
         "tracking": {"every_steps": 1},
         "cluster": {"timeout_seconds": getattr(arguments, "timeout_seconds", 120.0)},

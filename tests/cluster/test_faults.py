@@ -122,7 +122,7 @@ def test_a_silent_host(
 
 def test_a_launcher_that_was_killed(lab: Lab, root: Path, undisturbed: dict[int, float]) -> None:
     """It can end nobody, on no host. Its ranks leave by themselves, and the next launch waits for their port."""
-    run = training(lab, root, "orphans", pace_seconds=1.0)
+    run = training(lab, root, "orphans", pace_seconds=0.6)
     command = run.start(HOSTS)
     run.wait_for_step(5, command)
     command.kill()
