@@ -54,6 +54,7 @@ def build_trainer(
     # nothing of the config is left to refuse: from here on the folder belongs to this run
     store = CheckpointStore(folder / "checkpoints", place.control, config.checkpoint.keep)
     checkpoint = open_run_folder(folder, store, parts, place, resume)
+    watch.check = store.incarnation.check
     flops = _flops_per_token(parts, objective)  # before the teacher is cut
     source: TargetSource = NoTeacher()
     cached = None
@@ -68,6 +69,7 @@ def build_trainer(
     state, num_bad = TrainState(), 0
     if checkpoint is not None:
         state, num_bad = load_checkpoint(checkpoint, engine, parts, place)
+    store.begin_history(state.step)
     tracker = Tracker(
         folder,
         config.tracking,

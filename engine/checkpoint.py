@@ -23,7 +23,7 @@ import torch
 
 from engine.digests import WrittenFile, write_hashed
 from engine.dist import Control
-from engine.errors import CheckpointError, StillhouseError
+from engine.errors import CheckpointError, ReplacedError, StillhouseError
 from engine.incarnation import History, Incarnation
 
 FORMAT_VERSION = 1
@@ -86,8 +86,20 @@ class CheckpointStore:
         if self._control.is_main and self.folder.is_dir():
             for path in self.folder.glob("step_*"):
                 if not (path / COMPLETE).is_file():
-                    shutil.rmtree(path)
+                    shutil.rmtree(path, ignore_errors=True)  # a launch that was replaced may still write there
         self._control.barrier()
+
+    def begin_history(self, step: int) -> None:
+        """This launch has loaded what it goes on from, and does the steps after ``step``. Collective."""
+        problem: Exception | None = None
+        try:
+            if self._control.is_main:
+                self.incarnation.check()
+                if self.incarnation.number:
+                    self.incarnation.took_over_after(step)
+        except (OSError, StillhouseError) as error:
+            problem = error
+        self._raise_together(problem)
 
     def save(
         self,
@@ -98,7 +110,8 @@ class CheckpointStore:
     ) -> None:
         """Copy the state after ``step`` steps and write it in the background.
 
-        Raises CheckpointError, on all ranks, when this save cannot begin or the one before it failed on any rank.
+        Raises CheckpointError, on all ranks, when this save cannot begin or the one before it failed on any rank;
+        ReplacedError when a later launch has taken over.
         """
         self.finish_writing()
         final = self.folder / f"step_{step:08d}"
@@ -106,29 +119,31 @@ class CheckpointStore:
             return
         # a launch that was replaced must not write among the files of the one that goes on
         self._temporary = temporary = self.folder / f"{final.name}.tmp{self.incarnation.number}"
-        problem = None
+        problem: Exception | None = None
         try:
             if self._control.is_main:
                 self.incarnation.check()
                 shutil.rmtree(temporary, ignore_errors=True)
                 (temporary / "state").mkdir(parents=True)
-        except (OSError, StillhouseError) as error:
-            problem = f"{temporary}: cannot be made ({error})"
+        except StillhouseError as error:
+            problem = error
+        except OSError as error:
+            problem = CheckpointError(f"{temporary}: cannot be made ({error})")
         self._raise_together(problem)
         files = save_engine(temporary)
         refused = [file.exception() for file in files if file.done() and file.exception()]
-        self._raise_together(str(refused[0]) if refused else None)
+        self._raise_together(refused[0] if refused else None)
         meta = {**meta, "format_version": FORMAT_VERSION, "step": step, "world_size": self._control.ranks.world_size}
         self._unfinished = self._thread.submit(self._finish, temporary, final, files, rank_state, meta)
 
     def finish_writing(self) -> None:
         """Wait until the last save is complete. Raises CheckpointError, on all ranks, if it failed on any."""
-        problem = None
+        problem: Exception | None = None
         if self._unfinished is not None:
             try:
                 self.last_bytes = self._unfinished.result()
             except (StillhouseError, OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
-                problem = str(error)
+                problem = error
             self._unfinished = None
         self._raise_together(problem)
 
@@ -137,14 +152,19 @@ class CheckpointStore:
         if self._unfinished is not None:
             wait([self._unfinished])
 
-    def _raise_together(self, problem: str | None) -> None:
-        problems = sorted({text for text in self._control.gather(problem) if text})
-        if problems:
-            if self._control.is_main and self._temporary is not None:  # give back the space that the failed one took
-                shutil.rmtree(self._temporary, ignore_errors=True)
-            left = complete_checkpoints(self.folder)
-            rest = f"the last complete checkpoint is {left[-1]}" if left else "no complete checkpoint exists yet"
-            raise CheckpointError("; ".join(problems) + f"; {rest}")
+    def _raise_together(self, problem: BaseException | None) -> None:
+        told = [
+            one for one in self._control.gather(problem and (str(problem), isinstance(problem, ReplacedError))) if one
+        ]
+        if not told:
+            return
+        if self._control.is_main and self._temporary is not None:  # give back the space that the failed one took
+            shutil.rmtree(self._temporary, ignore_errors=True)
+        if replaced := [text for text, is_replaced in told if is_replaced]:
+            raise ReplacedError(replaced[0])
+        left = complete_checkpoints(self.folder)
+        rest = f"the last complete checkpoint is {left[-1]}" if left else "no complete checkpoint exists yet"
+        raise CheckpointError("; ".join(sorted({text for text, _ in told})) + f"; {rest}")
 
     def _finish(
         self,
@@ -199,7 +219,7 @@ class CheckpointStore:
         overtaken = {path.parent for path in self.folder.glob(f"step_*/{COMPLETE}")} - set(whole)
         for path in [*overtaken, *whole[: -self.keep]]:
             (path / COMPLETE).unlink()  # first, so that a kill half-way leaves no checkpoint that only looks whole
-            shutil.rmtree(path)
+            shutil.rmtree(path, ignore_errors=True)
         for path in complete_checkpoints(self.folder)[:-1]:
             remove_converted(path)
 

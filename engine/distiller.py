@@ -19,9 +19,10 @@ from engine.hosts.check import check_hosts
 from engine.log import Progress, setup
 from engine.meeting import meet
 from engine.parts import Parts, Place, build_parts
+from engine.rendezvous import is_restart
 from engine.tracking import Status
 from engine.watch import Watch
-from engine.zero import init_distributed
+from engine.zero import build_ops, init_distributed
 
 log = logging.getLogger("stillhouse")
 
@@ -47,6 +48,7 @@ class Distiller:
         """Train to the end, or to a signal. Returns whether the end was reached; the report is written either way."""
         ranks = read_ranks()
         setup(ranks.rank)
+        build_ops()  # here, where ranks wait long for each other: it takes a minute on a host's first start
         meeting = meet(ranks, expected=hosts_of_ranks(os.environ))
         timeout_seconds = self.config.cluster.timeout_seconds
         with StopSignal() as stop, Watch(meeting, timeout_seconds, self._alone_seconds()) as watch:
@@ -71,16 +73,17 @@ class Distiller:
     def _train(self, parts: Parts, place: Place, stop: StopSignal, watch: Watch) -> bool:
         is_main = place.ranks.rank == 0
         with Progress(parts.run.num_steps, self.config.run.name, enabled=is_main) as progress:
-            trainer = build_trainer(parts, place, self.resume, stop, watch, progress.update)
+            resume = "auto" if is_restart() else self.resume  # the folder to begin with was that of the first start
+            trainer = build_trainer(parts, place, resume, stop, watch, progress.update)
             setup(place.ranks.rank, self.folder / "log.txt" if is_main else None)
             for part, origin in parts.student.origins:
                 log.debug("student %s <- %s", part, origin)
-            watch.check = trainer.store.incarnation.check
             status: Status = "failed"
             try:
                 finished = trainer.train()
                 status = "completed" if finished else "stopped"
             except StillhouseError:  # agreed by all ranks, which therefore are all there to finish a save
+                watch.settle()
                 trainer.store.settle()
                 raise
             finally:

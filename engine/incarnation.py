@@ -44,18 +44,23 @@ class Incarnation:
         return Incarnation(run_folder, number)
 
     def took_over_after(self, step: int) -> None:
-        """Say after which step this launch goes on; what earlier ones did later is void."""
+        """Say after which step this launch goes on; what earlier ones did later is void. For rank 0, once it has
+        loaded all that it goes on from: a launch that fails before voids nothing."""
         path = _path(self.run_folder, self.number)
         write_atomically(path, json.dumps(json.loads(path.read_text()) | {"resumed_step": step}).encode())
 
     def check(self) -> None:
-        """Raises ReplacedError when a later launch has taken over."""
+        """Raises ReplacedError when a later launch has taken over, CheckpointError when the folder does not answer."""
         later = _path(self.run_folder, self.number + 1)
         try:
-            who = json.loads(later.read_text())
+            content = later.read_text()
         except FileNotFoundError:
             return
-        except (OSError, ValueError):
+        except OSError as problem:
+            raise CheckpointError(f"{later}: cannot be looked for ({problem})") from problem
+        try:
+            who = json.loads(content)
+        except ValueError:
             who = {}
         since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(who.get("unix_seconds", time.time())))
         raise ReplacedError(

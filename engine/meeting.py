@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import secrets
 import socket
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,6 +19,7 @@ from torch.distributed import DistError, HashStore, PrefixStore, Store, TCPStore
 from engine.errors import LostRankError
 from engine.rendezvous import Ranks
 
+ATTEMPT = "attempt"
 POLL_SECONDS = 0.05
 PORT_SECONDS = 60.0
 """How long rank 0 waits for its port."""
@@ -34,34 +37,51 @@ class Meeting:
     store: Store
     host_of: tuple[str, ...]
     """host of each rank; on ranks other than 0 all but the own and that of rank 0 are empty"""
+    attempt: str = ""
+    """a word that no other launch or attempt has: torchrun's agent keeps its store when it starts ranks again"""
 
     def name(self, rank: int) -> str:
         return f"rank {rank} on {self.host_of[rank]}"
 
     def another_client(self, timeout_seconds: float) -> Store:
-        """The same values over a connection of its own, for a thread that must not wait behind others."""
-        host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        return _prefixed(_connect(host, port, timeout_seconds))
+        """The same values over a connection of its own, for a thread that must not wait behind others.
+
+        Raises LostRankError.
+        """
+        try:
+            return PrefixStore(self.attempt, _connect(timeout_seconds))
+        except (DistError, RuntimeError, OSError) as problem:
+            raise LostRankError(f"{self.name(self.ranks.rank)}: rank 0 has gone: {_first_line(problem)}") from problem
 
 
 def meet(ranks: Ranks, join_seconds: float = JOIN_SECONDS, expected: Sequence[str] = ()) -> Meeting:
     """Come together at MASTER_ADDR:MASTER_PORT; ``expected`` is the host of each rank, where that is known. Collective.
 
-    An earlier launch may still be there: it is waited for, and not taken for this one.
+    An earlier launch or attempt may still be there: it is waited for, and not taken for this one.
     Raises LostRankError, naming the ranks that did not come and the hosts that did, or where rank 0 was looked for.
     """
     own = socket.gethostname()
     if ranks.world_size == 1:
         return Meeting(ranks, HashStore(), (own,))
-    served_by_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     if ranks.rank == 0:
-        store = _open_store(own, min(join_seconds, PORT_SECONDS), is_master=not served_by_agent)
-        hosts = _receive(store, ranks.world_size, join_seconds, own, expected)
+        served_by_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        _allow_files()
+        server = _open_store(own, min(join_seconds, PORT_SECONDS), is_master=not served_by_agent)
+        attempt = secrets.token_hex(8)
+        server.set(ATTEMPT, attempt)
+        hosts = _receive(PrefixStore(attempt, server), ranks.world_size, join_seconds, own, expected)
     else:
-        store, main_host = _join(own, ranks.rank, join_seconds)
+        attempt, main_host = _join(own, ranks.rank, join_seconds)
         hosts = [main_host, *[""] * (ranks.world_size - 1)]
         hosts[ranks.rank] = own
-    return Meeting(ranks, store, tuple(hosts))
+        server = _connect(join_seconds)
+    return Meeting(ranks, PrefixStore(attempt, server), tuple(hosts), attempt)
+
+
+def _allow_files() -> None:
+    """Rank 0 has four descriptors open for each rank; 1,024 is a common limit, and a soft one."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def _open_store(own: str, patience_seconds: float, is_master: bool) -> Store:
@@ -70,7 +90,7 @@ def _open_store(own: str, patience_seconds: float, is_master: bool) -> Store:
     deadline = time.monotonic() + patience_seconds
     while True:
         try:
-            return _prefixed(_connect(host, port, patience_seconds, is_master))
+            return _connect(patience_seconds, is_master)
         except (DistError, RuntimeError, OSError) as problem:
             is_taken = "EADDRINUSE" in str(problem)
             if is_taken and time.monotonic() < deadline:
@@ -100,25 +120,43 @@ def _receive(store: Store, world_size: int, join_seconds: float, own: str, expec
     return [host for host, _ in guests]
 
 
-def _join(own: str, rank: int, join_seconds: float) -> tuple[Store, str]:
-    """On other ranks: the store and the host of rank 0. Only this launch's rank 0 answers a token made now."""
-    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    token, deadline = secrets.token_hex(8), time.monotonic() + join_seconds
-    while True:
-        left = max(1.0, deadline + LEAD_SECONDS - time.monotonic())
-        try:
-            store = _prefixed(_connect(host, port, left))
-            store.set(f"guest/{rank}", json.dumps([own, token]))
-            store.wait([f"welcome/{token}"], timedelta(seconds=left))
-            return store, store.get(f"welcome/{token}").decode()
-        except (DistError, RuntimeError, OSError) as problem:
-            if time.monotonic() < deadline:  # what was there was an earlier launch, and has ended
+def _join(own: str, rank: int, join_seconds: float) -> tuple[str, str]:
+    """On other ranks: the attempt that has begun, and the host of rank 0.
+
+    It happens in a thread of its own: a store whose rank 0 stands still may never let go of who asks it.
+    """
+    found: list[tuple[str, str]] = []
+    problems = ["no answer"]
+    ended = threading.Event()
+
+    def ask() -> None:
+        token = secrets.token_hex(8)
+        while not ended.is_set() and not found:
+            try:
+                server = _connect(join_seconds)
+                attempt = server.get(ATTEMPT).decode()
+                store = PrefixStore(attempt, server)
+                store.set(f"guest/{rank}", json.dumps([own, token]))
+                while server.get(ATTEMPT).decode() == attempt and not ended.is_set():  # only a living rank 0 answers
+                    if store.check([f"welcome/{token}"]):
+                        found.append((attempt, store.get(f"welcome/{token}").decode()))
+                        return
+                    time.sleep(POLL_SECONDS)
+            except (DistError, RuntimeError, OSError) as problem:  # what was there was an earlier launch, and has ended
+                problems.append(str(problem).splitlines()[0][:200])
                 time.sleep(POLL_SECONDS)
-                continue
-            raise LostRankError(
-                f"{own}: rank 0 at {host}:{port} did not answer within {join_seconds:.0f} s ({_first_line(problem)}); "
-                "look whether it started, whether all other ranks did, and whether a firewall stands between the hosts"
-            ) from problem
+
+    asking = threading.Thread(target=ask, name="meeting", daemon=True)
+    asking.start()
+    asking.join(join_seconds + LEAD_SECONDS)
+    ended.set()
+    if found:
+        return found[0]
+    raise LostRankError(
+        f"{own}: rank 0 at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} did not answer within "
+        f"{join_seconds:.0f} s ({problems[-1]}); look whether it started, whether all other ranks did, and whether a "
+        "firewall stands between the hosts"
+    )
 
 
 def _refuse(
@@ -147,12 +185,8 @@ def show_numbers(numbers: list[int]) -> str:
     return f"rank{'s' if len(numbers) > 1 else ''} {shown}"
 
 
-def _prefixed(store: Store) -> Store:
-    """torchrun's agent keeps its store when it starts the ranks again; what the last attempt said must not count."""
-    return PrefixStore(f"stillhouse/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
-
-
-def _connect(host: str, port: int, timeout_seconds: float, is_master: bool = False) -> TCPStore:
+def _connect(timeout_seconds: float, is_master: bool = False) -> TCPStore:
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     timeout = timedelta(seconds=timeout_seconds)
     return TCPStore(host, port, is_master=is_master, wait_for_workers=False, timeout=timeout)
 

@@ -120,6 +120,13 @@ def _of_mpirun(environment: Mapping[str, str]) -> str:
     return addresses[0]
 
 
+def is_restart() -> bool:
+    """Whether Slurm or torchrun starts this job anew by itself."""
+    return any(
+        os.environ.get(name, "0") not in ("", "0") for name in ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT")
+    )
+
+
 def alone() -> dict[str, str]:
     """A rendezvous of one, so that ``python launch/distill.py`` needs no launcher."""
     with socket.socket() as free:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from engine.checkpoint import CheckpointStore, complete_checkpoints, read_meta, step_of
+from engine.checkpoint import CheckpointStore, complete_checkpoints, read_meta
 from engine.digests import Digests
 from engine.errors import CheckpointError, StillhouseError
 from engine.incarnation import Incarnation, last_number
@@ -52,14 +52,12 @@ def _prepare_folder(folder: Path, parts: Parts, resume: str) -> tuple[Path | Non
             log.info("the run that was in %s is now in %s", folder, old)
     else:
         check_owner(folder, parts.run.config)
-    incarnation = Incarnation.take(folder, after=number)  # first: what another launch completes now may still count
-    if resume in ("auto", "never"):
-        whole = complete_checkpoints(folder / "checkpoints")
-        found = whole[-1] if whole else None
-    else:
-        found = Path(resume)
-        read_meta(found)
-    incarnation.took_over_after(0 if found is None else step_of(found))
+    given = None if resume in ("auto", "never") else Path(resume)
+    if given is not None:
+        read_meta(given)
+    incarnation = Incarnation.take(folder, after=number)
+    whole = complete_checkpoints(folder / "checkpoints")  # after that: nobody else completes one any more
+    found = given or (whole[-1] if whole else None)
     facts = {"origins": list(parts.student.origins)} | ({"cache": parts.cache.facts()} if parts.cache else {})
     write_start(folder, parts.run.config, parts.run.deepspeed, facts)
     parts.student.model.config.save_pretrained(folder / "student")

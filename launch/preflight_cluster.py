@@ -27,7 +27,7 @@ def check_cluster(arguments: argparse.Namespace, script: str) -> int:
     """Start a rank on each host, unless a launcher did; then compare and measure. The exit code: 0 ready, 1 not."""
     words = launch_words(os.environ, [script, *sys.argv[1:]], arguments.hostfile, arguments.world_size)
     if words is None:
-        return _examine(arguments)
+        return _meet_and_examine(arguments)
     print(f"starting    {' '.join(words[:6])} ...", flush=True)
     try:
         return subprocess.run(words).returncode
@@ -35,17 +35,13 @@ def check_cluster(arguments: argparse.Namespace, script: str) -> int:
         raise ConfigError(f"{words[0]} cannot be started: {problem}") from problem
 
 
-def _examine(arguments: argparse.Namespace) -> int:
-    import torch.distributed as dist
-
+def _meet_and_examine(arguments: argparse.Namespace) -> int:
     from engine.config.load import load_config
-    from engine.dist import Control, leave_group
-    from engine.hosts.check import survey
-    from engine.hosts.measure import measure_all_reduce, measure_links, measure_rank
-    from engine.hosts.verdict import Cluster, judge
+    from engine.dist import leave_group
     from engine.log import setup
     from engine.meeting import meet
     from engine.rendezvous import read_ranks
+    from engine.watch import Watch
 
     config = load_config(arguments.config, arguments.overrides)
     ranks = read_ranks()
@@ -55,6 +51,23 @@ def _examine(arguments: argparse.Namespace) -> int:
     except LostRankError as problem:
         print(f"Verdict     NO: {problem}", file=sys.stdout if ranks.rank == 0 else sys.stderr)
         return 1
+    with Watch(meeting, COLLECTIVE_SECONDS) as watch:
+        code = _examine(arguments, config, meeting)
+        watch.close()
+    leave_group(ranks)
+    return code
+
+
+def _examine(arguments: argparse.Namespace, config: RunConfig, meeting: Meeting) -> int:
+    """The exit code, the same on every rank. Collective."""
+    import torch.distributed as dist
+
+    from engine.dist import Control
+    from engine.hosts.check import survey
+    from engine.hosts.measure import measure_all_reduce, measure_links, measure_rank
+    from engine.hosts.verdict import Cluster, judge
+
+    ranks = meeting.ranks
     device = _join_group(meeting)
     control = Control(ranks)
     hosts, found = survey(config, control, device)
@@ -72,9 +85,7 @@ def _examine(arguments: argparse.Namespace) -> int:
         lines, is_ready = judge(cluster)
         print("\n".join(lines), flush=True)
         code = 0 if is_ready else 1
-    code = control.from_main(code)
-    leave_group(ranks)
-    return int(code)
+    return int(control.from_main(code))
 
 
 def _join_group(meeting: Meeting) -> torch.device:

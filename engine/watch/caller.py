@@ -16,6 +16,9 @@ SILENCE_SHARE = 0.9
 """Of cluster.timeout_seconds: when a silent rank is taken for lost, before an exchange runs into the whole of it."""
 TROUBLE_INTERVALS = 3.0
 """The same in beats, once some rank has lost a connection."""
+STOPPED_SECONDS = 5.0
+SETTLE_SECONDS = 600.0
+"""How long a rank may finish a save after the launch has come to its end."""
 
 
 class End(Protocol):
@@ -32,13 +35,17 @@ class RollCaller:
         """when the store last did"""
         self.verdict: Verdict | None = None
         self._interval = interval_seconds(meeting.ranks.world_size, timeout_seconds)
-        self._timeout, self._doing, self._end = timeout_seconds, doing, end
+        self.timeout_seconds = max(timeout_seconds, 2.0 * TROUBLE_INTERVALS * self._interval)
+        """the setting, or what so many ranks need"""
+        self._doing, self._end = doing, end
         self._is_main = meeting.ranks.rank == 0
         self._roll = Roll(meeting, timeout_seconds)
         self._heard: Heard = {}
         self._number = 0
         self._left, self._exit_code = "", 0
         self._trouble_since: float | None = None
+        self._listened = time.monotonic()
+        self._settling = False
         self._lost = threading.Event()
         self._wake, self._closing = threading.Event(), threading.Event()
 
@@ -76,6 +83,10 @@ class RollCaller:
             time.sleep(0.02)
             self._wake.set()
 
+    def settle(self) -> None:
+        """This rank still has a save to finish before it leaves with the others."""
+        self._settling = True
+
     def linger(self) -> None:
         """The store ends with rank 0: let the others read it first."""
         if self._is_main:
@@ -93,7 +104,7 @@ class RollCaller:
                     self._listen()
                 verdict = self._roll.verdict()
             except (DistError, RuntimeError, OSError):
-                time.sleep(self._interval)
+                self._closing.wait(self._interval)
                 continue  # rank 0 is gone or cut off: the watch counts how long
             self.answered = time.monotonic()
             if verdict is not None:
@@ -102,28 +113,34 @@ class RollCaller:
     def _say(self) -> None:
         self._number += 1
         doing = self._doing
-        self._roll.say(Beat(self._number, doing.step, doing.phase, doing.own_seconds, self._left, self._exit_code))
+        self._roll.say(
+            Beat(self._number, doing.step, doing.phase, doing.moves, doing.own_seconds, self._left, self._exit_code)
+        )
 
     def _listen(self) -> None:
+        now = time.monotonic()
+        if now - self._listened > max(STOPPED_SECONDS, TROUBLE_INTERVALS * self._interval):
+            self._roll.pardon()
+        self._listened = now
         self._heard = self._roll.listen()
         if self._trouble_since is None and (self._lost.is_set() or self._roll.in_trouble()):
             self._trouble_since = time.monotonic()
-        limit, trouble_seconds = SILENCE_SHARE * self._timeout, 0.0
+        limit, trouble_seconds = SILENCE_SHARE * self.timeout_seconds, 0.0
         if self._trouble_since is not None:
             limit, trouble_seconds = TROUBLE_INTERVALS * self._interval, time.monotonic() - self._trouble_since
-        verdict = judgement.judge(self.meeting, self._heard, limit, trouble_seconds)
-        if verdict is not None and not self._left:
+        verdict = judgement.judge(self.meeting, self._heard, limit, self.timeout_seconds, trouble_seconds)
+        if verdict is not None:
             self._roll.judge(verdict)
 
     def _accept(self, verdict: Verdict) -> None:
         """The training thread often notices by itself, and leaves in better order."""
         self.verdict = verdict
-        deadline = time.monotonic() + TROUBLE_INTERVALS * self._interval
-        while time.monotonic() < deadline:
+        begin, patience = time.monotonic(), TROUBLE_INTERVALS * self._interval
+        while time.monotonic() < begin + (SETTLE_SECONDS if self._settling else patience):
             if self._lost.is_set() or self._left or self._closing.is_set():
                 return
             time.sleep(0.05)
         self._end(verdict.text, verdict.exit_code, self._is_main)
 
     def _all_left(self) -> bool:
-        return all(beat.left for beat, _ in self._heard.values())
+        return all(sign.beat.left for sign in self._heard.values())

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import psutil
 
-LAUNCHERS = ("deepspeed", "torchrun", "torch.distributed.run")
+PROGRAMS = ("deepspeed", "torchrun")
+MODULES = ("deepspeed.launcher.runner", "deepspeed.launcher.launch", "torch.distributed.run")
 REMOTE_END = "deepspeed.launcher.launch"
 """What DeepSpeed starts on each host; over ssh there is no other launcher above it on that host."""
 
@@ -30,19 +32,28 @@ def _launching(above: list[psutil.Process]) -> Iterator[psutil.Process]:
     """Those of deepspeed and torchrun. A shell above them may end while its run goes on (nohup, tmux), but what ssh
     started for a launcher on another host ends with the connection."""
     found = [(process, _words(process)) for process in above]
-    launchers = [number for number, (_, words) in enumerate(found) if any(name in words for name in LAUNCHERS)]
+    launchers = [number for number, (_, words) in enumerate(found) if _launches(words)]
     for number in launchers:
         yield found[number][0]
     if not launchers or REMOTE_END not in found[launchers[-1]][1]:
         return
     for process, words in found[launchers[-1] + 1 :]:
         yield process
-        if words.startswith("sshd"):
+        if words[0].startswith("sshd"):
             return
 
 
-def _words(process: psutil.Process) -> str:
+def _launches(words: list[str]) -> bool:
+    """A Python that runs one of them; a shell or a folder of that name does not."""
+    if not Path(words[0]).name.startswith("python"):
+        return False
+    if "-m" in words[:4]:
+        return words[words.index("-m") + 1] in MODULES
+    return len(words) > 1 and Path(words[1]).name in PROGRAMS
+
+
+def _words(process: psutil.Process) -> list[str]:
     try:
-        return " ".join(process.cmdline()[:4])
+        return [*process.cmdline()[:5], "", ""]
     except psutil.Error:
-        return ""
+        return [""]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import time
 from dataclasses import asdict, dataclass
+from typing import NamedTuple
 
 from torch.distributed import Store
 
@@ -39,17 +40,27 @@ class Doing:
 class Beat:
     """A sign of life."""
 
-    number: int
-    step: int
-    phase: str
-    own_seconds: float
+    number: int = 0
+    step: int = 0
+    phase: str = "starting"
+    moves: int = 0
+    own_seconds: float = 0.0
     left: str = ""
     """why the rank leaves, when it does so on its own account"""
     exit_code: int = 0
 
 
-Heard = dict[int, tuple[Beat, float]]
-"""of each rank its last beat, and the seconds since it came"""
+class Sign(NamedTuple):
+    """What is known of a rank."""
+
+    beat: Beat
+    silent_seconds: float
+    """since the beat came"""
+    still_seconds: float
+    """since the rank began a phase"""
+
+
+Heard = dict[int, Sign]
 
 
 @dataclass(frozen=True)
@@ -66,22 +77,28 @@ class Roll:
     def __init__(self, meeting: Meeting, timeout_seconds: float) -> None:
         self._ranks = meeting.ranks
         self._store: Store = meeting.another_client(timeout_seconds)
-        self._heard: dict[int, tuple[Beat, float]] = {}
+        now = time.monotonic()
+        # of each rank its last beat, when it came, and when it first told of the phase that it is in
+        self._heard = {rank: (Beat(), now, now) for rank in range(self._ranks.world_size)}
 
     def say(self, beat: Beat) -> None:
-        self._store.set(f"beat/{self._ranks.rank}", json.dumps(asdict(beat)))
+        self._store.set(_key(self._ranks.rank), json.dumps(asdict(beat)))
 
     def listen(self) -> Heard:
-        """Waits until every rank has spoken once."""
+        """What each rank last said; a rank that has not spoken yet is silent since the meeting."""
         now = time.monotonic()
-        for rank, content in enumerate(
-            self._store.multi_get([f"beat/{rank}" for rank in range(self._ranks.world_size)])
-        ):
+        spoke = [rank for rank, (beat, *_) in self._heard.items() if beat.number or self._store.check([_key(rank)])]
+        for rank, content in zip(spoke, self._store.multi_get([_key(rank) for rank in spoke]) if spoke else []):
+            before, _, moved = self._heard[rank]
             beat = Beat(**json.loads(content))
-            before = self._heard.get(rank)
-            if before is None or before[0].number != beat.number:
-                self._heard[rank] = beat, now
-        return {rank: (beat, now - since) for rank, (beat, since) in self._heard.items()}
+            if before.number != beat.number:
+                self._heard[rank] = beat, now, now if before.moves != beat.moves else moved
+        return {rank: Sign(beat, now - came, now - moved) for rank, (beat, came, moved) in self._heard.items()}
+
+    def pardon(self) -> None:
+        """This process was stopped for a while; what it did not hear meanwhile counts for nothing."""
+        now = time.monotonic()
+        self._heard = {rank: (beat, now, now) for rank, (beat, *_) in self._heard.items()}
 
     def judge(self, verdict: Verdict) -> None:
         """The first that is given counts."""
@@ -96,6 +113,10 @@ class Roll:
 
     def in_trouble(self) -> bool:
         return bool(self._store.check([TROUBLE]))
+
+
+def _key(rank: int) -> str:
+    return f"beat/{rank}"
 
 
 def interval_seconds(world_size: int, timeout_seconds: float) -> float:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 
-from engine.errors import EXIT_LOST_RANK, LostRankError, StillhouseError
+from engine.errors import EXIT_LOST_RANK, LostRankError, ReplacedError, StillhouseError
 from engine.meeting import Meeting
 from engine.watch import judgement
 from engine.watch.caller import RollCaller
@@ -34,7 +34,7 @@ class Watch:
     """While entered, this rank gives signs of life, and ends when it hangs or the launch has come to its end.
 
     ``alone_seconds`` says how long a phase may last in which this rank waits for no other. ``check``, when set, is
-    asked every few seconds on the first rank of each host; a StillhouseError that it raises ends this process. On
+    asked every few seconds on the first rank of each host; a ReplacedError that it raises ends this process. On
     leaving with an error that comes of lost connections, LostRankError is raised instead, naming who is lost. For one
     rank alone only ``check`` is left of all this.
     """
@@ -56,6 +56,11 @@ class Watch:
         self.now.phase = phase
         self.now.moves += 1
 
+    def settle(self) -> None:
+        """All ranks leave with the same error; this one may finish a save first."""
+        if self._caller is not None:
+            self._caller.settle()
+
     def slow_ranks(self) -> tuple[float, dict[str, float]]:
         """On rank 0: the median of the ranks' own seconds a step, and those of each rank that takes far longer."""
         return self._caller.slow_ranks() if self._caller is not None else (0.0, {})
@@ -66,6 +71,8 @@ class Watch:
             self._guard = _start_guard(self._caller.meeting, self._timeout)
             self._caller.start()
         threading.Thread(target=self._look_after_self, name="watch", daemon=True).start()
+        if self._meeting.ranks.local_rank == 0:
+            threading.Thread(target=self._look_around, name="look-around", daemon=True).start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
@@ -91,8 +98,7 @@ class Watch:
             self._guard = None
 
     def _look_after_self(self) -> None:
-        """All that needs no other rank; it must never wait for the network."""
-        launcher, next_check = Launcher.find(), 0.0
+        """All that needs no other rank; it must never wait for a network or a disk."""
         moves, since, woken = -1, time.monotonic(), time.monotonic()
         while not self._closing.wait(min(1.0, self._timeout / 20.0)):
             now = time.monotonic()
@@ -107,20 +113,22 @@ class Watch:
             elif self._caller is not None and now - since > self._alone_seconds.get(self.now.phase, float("inf")):
                 faulthandler.dump_traceback()
                 self._end(f"this rank hangs: {self.now} has lasted {now - since:.0f} s; its stack is above")
-            if self._caller is not None and now - self._caller.answered > self._timeout:
+            if self._caller is not None and now - self._caller.answered > self._caller.timeout_seconds:
                 self._end(judgement.unreachable(self._caller.meeting, now - self._caller.answered))
-            if now >= next_check and self._meeting.ranks.local_rank == 0:
-                next_check = now + CHECK_SECONDS
-                if launcher.has_ended():
-                    self._end("the launcher has ended without ending its ranks; this one leaves too")
-                self._run_check()
 
-    def _run_check(self) -> None:
-        try:
-            if self.check is not None:
-                self.check()
-        except StillhouseError as error:
-            self._end(str(error), error.exit_code)
+    def _look_around(self) -> None:
+        """What a dead disk may hold up."""
+        launcher = Launcher.find()
+        while not self._closing.wait(CHECK_SECONDS):
+            if launcher.has_ended():
+                self._end("the launcher has ended without ending its ranks; this one leaves too")
+            try:
+                if self.check is not None:
+                    self.check()
+            except ReplacedError as error:
+                self._end(str(error), error.exit_code)
+            except StillhouseError as error:
+                log.debug("%s; looking again in %.0f s", error, CHECK_SECONDS)
 
     def _tell_guard(self) -> None:
         if self._guard is not None and self._guard.stdin is not None:

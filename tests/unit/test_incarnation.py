@@ -68,7 +68,7 @@ def test_a_replaced_launch_completes_and_removes_nothing(tmp_path: Path) -> None
     for step in (1, 2, 3):
         save(old, step)
     new = launch(tmp_path, step=3)
-    with pytest.raises(CheckpointError, match="has been replaced by another, number 2"):
+    with pytest.raises(ReplacedError, match="has been replaced by another, number 2"):
         save(old, 4)
     assert names(tmp_path) == ["step_00000002", "step_00000003"]
     save(new, 4)
@@ -86,7 +86,7 @@ def test_replaced_between_the_copy_and_the_end_of_a_save(tmp_path: Path) -> None
         return []
 
     old.save(2, held, {}, {"state": {}})  # type: ignore[arg-type]
-    with pytest.raises(CheckpointError, match="has been replaced"):
+    with pytest.raises(ReplacedError, match="has been replaced"):
         old.finish_writing()
     assert going.is_set()
     assert names(tmp_path) == ["step_00000001"]
@@ -115,6 +115,22 @@ def test_going_back_to_an_older_checkpoint_voids_the_later_ones(tmp_path: Path) 
     assert names(tmp_path) == ["step_00000005"]
     save(back, 6)
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step_00000005", "step_00000006"]
+
+
+def test_a_launch_that_fails_while_it_loads_voids_nothing(tmp_path: Path) -> None:
+    first = launch(tmp_path)
+    save(first, 5)
+    save(first, 10)
+    Incarnation.take(tmp_path)  # was to go back to step 5, and died before it had loaded that
+    assert names(tmp_path) == ["step_00000005", "step_00000010"]
+
+
+def test_a_folder_that_does_not_answer_replaces_nobody(tmp_path: Path) -> None:
+    incarnation = Incarnation.take(tmp_path)
+    (tmp_path / FOLDER).rename(tmp_path / "elsewhere")
+    (tmp_path / FOLDER).write_text("no folder any more")
+    with pytest.raises(CheckpointError, match="cannot be looked for"):
+        incarnation.check()
 
 
 def test_a_run_set_aside_does_not_let_its_old_launch_into_the_new_folder(tmp_path: Path) -> None:
