@@ -51,6 +51,8 @@ class Incarnation:
 
     def check(self) -> None:
         """Raises ReplacedError when a later launch has taken over, CheckpointError when the folder does not answer."""
+        if self.number == 0:  # a store that belongs to no run
+            return
         later = _path(self.run_folder, self.number + 1)
         try:
             content = later.read_text()

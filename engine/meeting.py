@@ -23,6 +23,7 @@ ATTEMPT = "attempt"
 POLL_SECONDS = 0.05
 PORT_SECONDS = 60.0
 """How long rank 0 waits for its port."""
+CONNECT_SECONDS = 5.0
 LEAD_SECONDS = 10.0
 """Other ranks wait longer than rank 0, which knows who is missing."""
 JOIN_SECONDS = 300.0
@@ -133,7 +134,7 @@ def _join(own: str, rank: int, join_seconds: float) -> tuple[str, str]:
         token = secrets.token_hex(8)
         while not ended.is_set() and not found:
             try:
-                server = _connect(join_seconds)
+                server = _connect(min(join_seconds, CONNECT_SECONDS))
                 attempt = server.get(ATTEMPT).decode()
                 store = PrefixStore(attempt, server)
                 store.set(f"guest/{rank}", json.dumps([own, token]))
@@ -150,6 +151,7 @@ def _join(own: str, rank: int, join_seconds: float) -> tuple[str, str]:
     asking.start()
     asking.join(join_seconds + LEAD_SECONDS)
     ended.set()
+    asking.join(CONNECT_SECONDS)
     if found:
         return found[0]
     raise LostRankError(

@@ -120,6 +120,17 @@ def test_a_silent_host(
         resumes(run, undisturbed)
 
 
+def test_a_link_between_two_hosts_that_is_cut(lab: Lab, root: Path, record_property: Callable[..., None]) -> None:
+    """All can talk to rank 0, so nobody is silent, and yet no step ends."""
+    lab.configure_ssh(3)
+    run = training(lab, root, "pair", data={"lanes": 6}, batch={"global_sequences": 12})
+    command = run.start(("node1", "node2", "node3"))
+    run.wait_for_step(4, command)
+    faults.pair(lab, "node2", "node3")
+    said = ends(run, command, 2 * TIMEOUT_SECONDS + GONE_SECONDS, record_property)
+    assert "a link between two hosts is cut" in said
+
+
 def test_a_launcher_that_was_killed(lab: Lab, root: Path, undisturbed: dict[int, float]) -> None:
     """It can end nobody, on no host. Its ranks leave by themselves, and the next launch waits for their port."""
     run = training(lab, root, "orphans", pace_seconds=0.6)
