@@ -26,7 +26,7 @@ FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 0.5, 15.0
 OUTAGE_SECONDS = 5.0
 """A server that has answered nothing for so long has an outage that the log tells of."""
 PROGRESS_BYTES = 64 << 10
-"""A reply that broke off later than this shows a server at work: its patience begins anew."""
+"""So many bytes beyond all that came before show a server at work: its patience begins anew."""
 
 Result = TypeVar("Result")
 
@@ -193,6 +193,7 @@ class _Attempts:
         self._client, self._address, self._host = client, address, f"{parts.scheme}://{parts.netloc}"
         self._failing_since: float | None = None
         self._num_failures = self._num_pauses = 0
+        self._longest_bytes = 0
         self._began = 0.0
 
     def until_answered(self, question: Callable[[], Result]) -> Result:
@@ -221,8 +222,9 @@ class _Attempts:
             self.failed(Busy(f"a reply of {num_bytes:,} bytes from {reply.start}, which nobody asked for"))
             return
         content += reply.content
-        if num_bytes >= PROGRESS_BYTES:
+        if len(content) - self._longest_bytes >= PROGRESS_BYTES:
             self._failing_since, self._num_pauses = None, 0
+        self._longest_bytes = max(self._longest_bytes, len(content))
         if len(content) < wanted_bytes:
             self.failed(Busy(reply.broken or f"a reply that ended after {num_bytes:,} bytes"))
 

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from engine.data import client
+from engine.data.address import read_bytes
 from engine.data.client import CLIENT
 from engine.data.shards import ShardSet
 from engine.errors import DataError, MissingError, StoreError
@@ -212,6 +213,23 @@ def test_small_files_of_servers_without_ranges(server: Server) -> None:
     server.ranges = False
     server.faults.extend([Fault(keep_bytes=200), Fault(), Fault(keep_bytes=100)])
     assert_right(ShardSet.open(f"{server.address}/shards/manifest.json"), server)
+
+
+def test_replies_that_end_ever_at_the_same_place_are_no_progress(server: Server) -> None:
+    """Of a server without ranges, each of them longer than what else counts as progress."""
+    CLIENT.retry_seconds, server.ranges = 0.5, False
+    (server.folder / "long").write_bytes(bytes(4 * client.PROGRESS_BYTES))
+    server.faults.extend([Fault(keep_bytes=2 * client.PROGRESS_BYTES)] * 200)
+    with pytest.raises(StoreError, match="cannot be read after"):
+        read_bytes(f"{server.address}/long")
+    assert server.faults, "it was asked until the server mended"
+
+
+@pytest.mark.parametrize("status", [405, 501, 505])
+def test_a_server_that_does_not_know_head_is_asked_for_the_first_byte(server: Server, status: int) -> None:
+    server.head_status = status
+    assert_right(ShardSet.open(f"{server.address}/shards/manifest.json"), server)
+    assert CLIENT.take().num_retries == 0
 
 
 def test_names_that_do_not_resolve_are_tried_again(server: Server) -> None:
