@@ -22,7 +22,7 @@ from engine.config.run import RunConfig
 from engine.data.client import CLIENT
 from engine.data.collate import collate
 from engine.data.shards import ShardSet
-from engine.errors import DataError
+from engine.errors import DataError, StoreError
 from engine.parts import accelerator_of, check_model, shared_tokenizer
 from engine.schema import Sample
 from engine.tasks.task import Task, build_task
@@ -139,6 +139,8 @@ def read_batch(
     for number in dict.fromkeys(numbers):
         try:
             samples[number] = shards.read(shard, number)
+        except StoreError:
+            raise  # no record is damaged: to leave some out would cost targets
         except DataError as damage:
             note_damage(damage, shard, number)
             samples[number] = Sample.damaged(shards.manifest.shards[shard].name, number)

@@ -18,8 +18,9 @@ from engine.data.loader import Loader
 from engine.data.manifest import MANIFEST, Manifest, ShardEntry, write_manifest
 from engine.data.order import DataOrder
 from engine.data.shards import ShardSet, ShardWriter
-from engine.errors import DataError
+from engine.errors import DataError, StoreError
 from engine.schema import IGNORE, Batch, Sample, StepBatches
+from tests.serving import Fault, Server
 
 SHARDS = [40, 25, 33, 31]
 SEQUENCE_TOKENS = 16
@@ -204,6 +205,17 @@ def test_one_damaged_record_too_many_is_raised_at_its_step() -> None:
     assert f"{shard}.tar, sample {index}: flipped bit" in message
     assert "data.max_bad_samples is 1" in message
     assert not reader_threads()
+
+
+def test_a_server_that_refuses_is_no_damage(tmp_path: Path) -> None:
+    write_real_shards(tmp_path)
+    server = Server(tmp_path)
+    shards = ShardSet.open(f"{server.address}/{MANIFEST}")
+    server.faults.extend([Fault(403)] * 100)
+    order = DataOrder(SHARDS, seed=5, lanes=8, shuffle_samples=6)
+    settings = {"num_steps": 8, "global_sequences": 16, "micro_sequences": 4, "max_bad_samples": 1000}
+    with pytest.raises(StoreError, match="403"):
+        next(Loader(shards, order, label, **settings).steps())
 
 
 def test_bad_samples_of_before_a_resume_count() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import ssl
+import subprocess
 import threading
 import time
 from collections.abc import Iterator
@@ -11,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from engine.asking import read_batch
 from engine.data import client
 from engine.data.address import read_bytes
 from engine.data.client import CLIENT
@@ -157,8 +160,47 @@ def test_endless_scraps_are_no_progress(remote: ShardSet, server: Server) -> Non
 @pytest.mark.parametrize("status", [400, 401, 403])
 def test_a_refusal_is_an_error_at_once(remote: ShardSet, server: Server, status: int) -> None:
     server.faults.append(Fault(status))
-    with pytest.raises(DataError, match=rf"shard-000000\.tar: cannot be read.*{status}"):
+    with pytest.raises(StoreError, match=rf"shard-000000\.tar: cannot be read.*{status}.*look at the keys"):
         remote.read(0, 0)
+    assert CLIENT.take().num_retries == 0
+
+
+def test_a_refusal_is_not_kept_as_an_empty_record(remote: ShardSet, server: Server) -> None:
+    damage: list[DataError] = []
+    server.faults.append(Fault(403))
+    with pytest.raises(StoreError):
+        read_batch(remote, None, 0, 1, range(1), lambda error, *_: damage.append(error))  # type: ignore[arg-type]
+    assert not damage
+
+
+@pytest.mark.parametrize("scheme", ["http", "s3"])
+def test_a_wrong_certificate_is_an_error_at_once(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scheme: str
+) -> None:
+    certificate, key = tmp_path / "certificate.pem", tmp_path / "key.pem"
+    words = ["req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-subj", "/CN=me"]
+    subprocess.run(["openssl", *words, "-keyout", key, "-out", certificate], check=True, capture_output=True)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate, key)
+    server.server.socket = context.wrap_socket(server.server.socket, server_side=True)
+    server.address = server.address.replace("http:", "https:")
+    if scheme == "s3":
+        as_s3(server, monkeypatch)
+    base = server.address if scheme == "http" else "s3:/"
+    with pytest.raises(StoreError, match=r"manifest\.json: cannot be read.*[Cc]ertificate"):
+        ShardSet.open(f"{base}/shards/manifest.json")
+    assert CLIENT.take().num_retries == 0
+
+
+def test_missing_keys_are_an_error_at_once(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    as_s3(server, monkeypatch)
+    for name in ("ACCESS_KEY_ID", "SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(f"AWS_{name}")
+    for name in ("SHARED_CREDENTIALS_FILE", "CONFIG_FILE"):
+        monkeypatch.setenv(f"AWS_{name}", str(tmp_path / "none"))
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    with pytest.raises(StoreError, match=r"manifest\.json: cannot be read.*credentials.*look at the keys"):
+        ShardSet.open("s3://shards/manifest.json")
     assert CLIENT.take().num_retries == 0
 
 
