@@ -186,4 +186,5 @@ def in_a_hurry(monkeypatch: pytest.MonkeyPatch, retry_seconds: float = 5.0, time
     monkeypatch.setattr(client, "LONGEST_PAUSE_SECONDS", 0.2)
     monkeypatch.setattr(client.CLIENT, "retry_seconds", retry_seconds)
     monkeypatch.setattr(client.CLIENT, "timeout_seconds", timeout_seconds)
+    monkeypatch.setattr(client.CLIENT, "_servers", {})  # a port may have been another server's
     client.CLIENT.take()

@@ -8,6 +8,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -148,6 +149,33 @@ def test_patience_has_an_end(remote: ShardSet, server: Server) -> None:
         remote.read(0, 0)
     server.failures = 0
     assert_right(remote, server)  # a failure is not remembered
+
+
+def test_patience_is_with_the_server_whatever_is_asked(server: Server) -> None:
+    CLIENT.retry_seconds = 0.5
+    server.failures = 10**6
+    for name in ("a", "b", "c"):
+        CLIENT.take()
+        with pytest.raises(StoreError, match="cannot be read after"):
+            read_bytes(f"{server.address}/{name}")
+    assert CLIENT.take().num_requests == 1, "its time was up before"
+    server.failures = 0
+    assert read_bytes(f"{server.address}/shards/manifest.json")
+    server.failures = 1
+    assert read_bytes(f"{server.address}/shards/manifest.json"), "it answered in between: its time begins anew"
+
+
+def test_one_file_that_stays_away_ends_though_others_come(server: Server) -> None:
+    CLIENT.retry_seconds = 0.5
+    server.absent.add("shard-000000.tar")
+    with ThreadPoolExecutor(1) as others:
+        asked = others.submit(pytest.raises, StoreError, read_bytes, f"{server.address}/shards/shard-000000.tar")
+        for _ in range(2000):
+            read_bytes(f"{server.address}/shards/manifest.json")
+            if asked.done():
+                break
+        assert asked.done()
+        assert "cannot be read after" in str(asked.result().value)
 
 
 def test_endless_scraps_are_no_progress(remote: ShardSet, server: Server) -> None:
