@@ -6,7 +6,6 @@ import ctypes
 import json
 import os
 import platform
-import resource
 import signal
 import subprocess
 import sys
@@ -81,8 +80,11 @@ class PeakMemory:
 
 
 def peak_process_bytes() -> int:
-    """The whole process at its peak, from start to now."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    """The whole process at its peak, from start to now.
+
+    Not ru_maxrss: a process begins with that of the one that started it, however large that was.
+    """
+    return _status_bytes("VmHWM")
 
 
 def _status_bytes(name: str) -> int:

@@ -6,7 +6,6 @@ import logging
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import partial
 from itertools import islice
 
 import torch
@@ -21,8 +20,9 @@ from engine.config.resolve import DataFacts, read_deepspeed_json, resolve
 from engine.config.run import RunConfig
 from engine.data.client import CLIENT
 from engine.data.collate import collate
+from engine.data.loader import reader_pool
 from engine.data.shards import ShardSet
-from engine.errors import DataError
+from engine.errors import DataError, StoreError
 from engine.parts import accelerator_of, check_model, shared_tokenizer
 from engine.schema import Sample
 from engine.tasks.task import Task, build_task
@@ -83,10 +83,8 @@ class Asker:
         reading: deque[Future[Asked]] = deque()
         encoding: deque[Future[Answer]] = deque()
         parts = iter(batches)
-        bind = None
-        if self._device.type == "cuda":  # a new thread would make a context on device 0
-            bind = partial(torch.cuda.set_device, self._device)
-        with ThreadPoolExecutor(1, initializer=bind) as reader, ThreadPoolExecutor(1) as encoder:
+        device = self._device if self._device.type == "cuda" else None
+        with ThreadPoolExecutor(1) as encoder, reader_pool(1, device) as reader:
             while True:
                 for part in islice(parts, 1 + _AHEAD - len(reading)):
                     reading.append(reader.submit(self._read, *part))
@@ -139,6 +137,8 @@ def read_batch(
     for number in dict.fromkeys(numbers):
         try:
             samples[number] = shards.read(shard, number)
+        except StoreError:
+            raise  # no record is damaged: to leave some out would cost targets
         except DataError as damage:
             note_damage(damage, shard, number)
             samples[number] = Sample.damaged(shards.manifest.shards[shard].name, number)

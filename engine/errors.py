@@ -28,7 +28,7 @@ class MissingError(DataError):
 
 
 class StoreError(DataError):
-    """A server does not answer, or gives another file than before: no record is to blame, so none is left out."""
+    """A server does not answer, refuses, or gives another file than before: no record is left out for it."""
 
 
 class CacheError(StillhouseError):

@@ -50,6 +50,8 @@ class Server:
         self.requests: list[tuple[str, str | None]] = []
         self.headers: list[dict[str, str]] = []
         self.num_refused = 0
+        self.head_status: int | None = None
+        """of all answers to HEAD"""
         self.absent: set[str] = set()
         """names that are answered by 503, always"""
         self.port = 0
@@ -104,6 +106,8 @@ class Handler(BaseHTTPRequestHandler):
         if owner.failures > 0 or path.name in owner.absent:
             owner.failures = max(0, owner.failures - 1)
             self.answer(503, b"")
+        elif self.command == "HEAD" and owner.head_status is not None:
+            self.answer(owner.head_status, b"")
         elif not path.is_file():
             self.answer(404, b"")
         elif owner.random.random() < owner.busy_share:
@@ -182,4 +186,5 @@ def in_a_hurry(monkeypatch: pytest.MonkeyPatch, retry_seconds: float = 5.0, time
     monkeypatch.setattr(client, "LONGEST_PAUSE_SECONDS", 0.2)
     monkeypatch.setattr(client.CLIENT, "retry_seconds", retry_seconds)
     monkeypatch.setattr(client.CLIENT, "timeout_seconds", timeout_seconds)
+    monkeypatch.setattr(client.CLIENT, "_servers", {})  # a port may have been another server's
     client.CLIENT.take()

@@ -165,7 +165,8 @@ class DataSection(Section):
     """Steps kept ready."""
     retry_seconds: NonNegative = 300.0
     """How long a shard server that fails (5xx, 429, closed or broken connections, names that do not resolve) is asked
-    again for a file before the run stops. The time begins anew when it sends some of it."""
+    again before the run stops, from its first failure on, whatever it is asked for. The time begins anew when it
+    answers."""
     server_timeout_seconds: Annotated[float, Field(gt=0)] = 30.0
     """A request of a server that sends nothing for so long has failed. One that sends slowly has not."""
     max_bad_samples: Annotated[int, Field(ge=0)] = 0

@@ -18,7 +18,7 @@ from urllib.parse import urlsplit, urlunsplit
 from engine.data.bucket import Bucket
 from engine.data.client import CLIENT, Store
 from engine.data.web import Web
-from engine.errors import DataError, MissingError
+from engine.errors import DataError, MissingError, StoreError
 
 PIPE = "pipe:"
 BLOCK_BYTES = 4 << 20
@@ -70,7 +70,7 @@ def beside(manifest_address: str, name: str) -> str:
 
 
 def read_bytes(address: str, sha256: str | None = None) -> bytes:
-    """The whole file. Raises DataError when it is missing or cannot be read.
+    """The whole file. Raises DataError when it is missing or cannot be read; of a server that refuses, StoreError.
 
     With a ``sha256`` a copy from the network that has another is fetched anew once; to judge it is the caller's.
     """
@@ -184,4 +184,9 @@ def _naming(address: str) -> Iterator[None]:
         raise MissingError(f"{address}: no such file; check the path, or copy or build the shards there") from problem
     except Exception as problem:  # each file system raises its own types
         why = f"{type(problem).__name__}: {problem.__cause__ or problem}"
+        if is_remote(address):  # refused, not damaged: the next record would be refused as well
+            raise StoreError(
+                f"{address}: cannot be read ({why}); look at the keys, the date to which the address is signed, and "
+                "the server's certificate, then run the same command again"
+            ) from problem
         raise DataError(f"{address}: cannot be read ({why})") from problem

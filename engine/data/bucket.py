@@ -60,6 +60,7 @@ async def _call(files: Any, path: str, method: str, address: str, limit_bytes: i
 
 def _refuse(problem: BaseException, address: str) -> None:
     """Raises Busy or FileNotFoundError for what botocore says in its own way."""
+    from aiohttp import ClientConnectorCertificateError
     from botocore import exceptions
 
     for error in (problem, problem.__cause__):
@@ -67,5 +68,6 @@ def _refuse(problem: BaseException, address: str) -> None:
             answer = error.response.get("ResponseMetadata", {})
             refuse(answer.get("HTTPStatusCode", 0), answer.get("HTTPHeaders", {}), address)
         passing = (exceptions.HTTPClientError, exceptions.ConnectionError, asyncio.TimeoutError, ConnectionError)
-        if isinstance(error, passing):
+        wrong = isinstance(error, exceptions.SSLError) and error.kwargs.get("error")
+        if isinstance(error, passing) and not isinstance(wrong, ClientConnectorCertificateError):
             raise Busy(f"{type(error).__name__}: {error}") from problem

@@ -25,8 +25,10 @@ TIMEOUT_SECONDS = 30.0
 FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 0.5, 15.0
 OUTAGE_SECONDS = 5.0
 """A server that has answered nothing for so long has an outage that the log tells of."""
+FORGOTTEN_SECONDS = 60.0
+"""An outage that nobody has looked at for so long may have ended: the next failure begins another."""
 PROGRESS_BYTES = 64 << 10
-"""A reply that broke off later than this shows a server at work: its patience begins anew."""
+"""So many bytes beyond all that came before show a server at work: its patience begins anew."""
 
 Result = TypeVar("Result")
 
@@ -78,9 +80,10 @@ class Traffic(NamedTuple):
 
 @dataclass
 class _Server:
-    """What is known of one host: since when it fails, and whether that was told."""
+    """What is known of one host that fails: since when, when it was last seen to, and whether that was told."""
 
-    failing_since: float | None = None
+    failing_since: float
+    failed: float
     num_retries: int = 0
     told: bool = False
 
@@ -141,6 +144,7 @@ class Client:
             reply = attempts.until_answered(get)
             if reply.num_bytes is None:  # nobody can tell whether a reply of unknown length is whole, but its end
                 if reply.broken is None:
+                    attempts.answered()
                     return bytes(reply.content)
                 attempts.failed(Busy(reply.broken))
                 continue
@@ -166,23 +170,36 @@ class Client:
     def answered(self, host: str) -> None:
         with self._lock:
             server = self._servers.pop(host, None)
-        if server and server.told and server.failing_since is not None:
+        if server and server.told:
             seconds = time.monotonic() - server.failing_since
             log.warning("%s answers again, after %.0f s and %d retries", host, seconds, server.num_retries)
 
-    def failing(self, host: str, why: Busy) -> None:
+    def failing(self, host: str, began: float, why: Busy) -> float:
+        """Since when, for all who ask it; a request of the time ``began`` has failed now."""
         now = time.monotonic()
         with self._lock:
-            server = self._servers.setdefault(host, _Server(now))
+            server = self._servers.get(host)
+            if server is None or began - server.failed > FORGOTTEN_SECONDS:
+                server = self._servers[host] = _Server(began, now)
+            server.failed = now
             server.num_retries += 1
-            assert server.failing_since is not None
-            if server.told or now - server.failing_since < OUTAGE_SECONDS:
-                return
+            seconds = now - server.failing_since
+            if server.told or not OUTAGE_SECONDS <= seconds < self.retry_seconds:
+                return server.failing_since
             server.told = True
         log.warning(
             "%s has not answered for %.0f s (%s); it is asked again for up to %.0f s (data.retry_seconds)",
-            host, now - server.failing_since, why, self.retry_seconds,
+            host, seconds, why, self.retry_seconds,
         )  # fmt: skip
+        return server.failing_since
+
+
+_reader = threading.local()
+
+
+def read_until(closing: threading.Event) -> None:
+    """From here on this thread waits for no server that fails once ``closing`` is set: what it reads is not wanted."""
+    _reader.closing = closing
 
 
 class _Attempts:
@@ -193,6 +210,7 @@ class _Attempts:
         self._client, self._address, self._host = client, address, f"{parts.scheme}://{parts.netloc}"
         self._failing_since: float | None = None
         self._num_failures = self._num_pauses = 0
+        self._longest_bytes = 0
         self._began = 0.0
 
     def until_answered(self, question: Callable[[], Result]) -> Result:
@@ -206,9 +224,8 @@ class _Attempts:
                 self.failed(problem)
                 continue
             if not isinstance(result, Reply):
-                self._client.answered(self._host)
+                self.answered()
             elif result.content:
-                self._client.answered(self._host)
                 self._client.count(num_bytes=len(result.content))
                 self._began = time.monotonic()
             return result
@@ -221,29 +238,41 @@ class _Attempts:
             self.failed(Busy(f"a reply of {num_bytes:,} bytes from {reply.start}, which nobody asked for"))
             return
         content += reply.content
-        if num_bytes >= PROGRESS_BYTES:
+        if len(content) - self._longest_bytes >= PROGRESS_BYTES:
             self._failing_since, self._num_pauses = None, 0
+            self.answered()
+        self._longest_bytes = max(self._longest_bytes, len(content))
         if len(content) < wanted_bytes:
             self.failed(Busy(reply.broken or f"a reply that ended after {num_bytes:,} bytes"))
+        else:
+            self.answered()
+
+    def answered(self) -> None:
+        self._client.answered(self._host)
 
     def failed(self, problem: Busy) -> None:
-        """Pause before the next try. Raises StoreError when there shall be none."""
+        """Pause before the next try. Raises StoreError when there shall be none: this question or, whatever was asked,
+        its host has failed for too long."""
         now, client = time.monotonic(), self._client
         self._num_failures += 1
         if self._failing_since is None:
             self._failing_since = self._began
-        left = self._failing_since + client.retry_seconds - now
+        since = min(self._failing_since, client.failing(self._host, self._began, problem))
+        left = since + client.retry_seconds - now
         if left <= 0:
             raise StoreError(
-                f"{self._address}: cannot be read after {self._num_failures} tries in {now - self._failing_since:.0f} "
-                f"s ({problem}); look at the server, or raise data.retry_seconds"
+                f"{self._address}: cannot be read after {self._num_failures} tries and {now - since:.0f} s of failures "
+                f"({problem}); look at the server, or raise data.retry_seconds"
             ) from problem
-        client.failing(self._host, problem)
         pause = random.uniform(0, min(FIRST_PAUSE_SECONDS * 2**self._num_pauses, LONGEST_PAUSE_SECONDS))
         if problem.retry_after_seconds is not None:  # not all at the very second that the server named
             pause = problem.retry_after_seconds + random.uniform(0, FIRST_PAUSE_SECONDS)
         self._num_pauses = min(self._num_pauses + 1, 16)
-        time.sleep(min(pause, left))
+        closing: threading.Event | None = getattr(_reader, "closing", None)
+        if closing is None:
+            time.sleep(min(pause, left))
+        elif closing.wait(min(pause, left)):
+            raise StoreError(f"{self._address}: given up, its reader is closed") from problem
         client.count(waiting_milliseconds=round(1000 * (time.monotonic() - self._began)))
 
 

@@ -6,14 +6,14 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 
+from engine.data.client import read_until
 from engine.data.collate import Labelled, collate
 from engine.data.manifest import Manifest
 from engine.data.order import Location
@@ -100,23 +100,25 @@ class Loader:
         self._turn = threading.Lock()
 
     def steps(self, start_step: int = 0) -> Generator[StepBatches, None, None]:
-        """Steps ``start_step`` to ``num_steps - 1``. Closing the iterator ends its threads.
+        """Steps ``start_step`` to ``num_steps - 1``. Closing the iterator ends its threads, also those that wait for a
+        server that fails.
 
-        Raises, at the step that it belongs to, whatever reading or labelling raised: DataError for the damaged
-        record that is one too many for ``max_bad_samples``.
+        Raises, at the step that it belongs to and without waiting for the rest of it, whatever reading or labelling
+        raised: DataError for the damaged record that is one too many for ``max_bad_samples``.
         """
         num_bad_samples = self._num_bad_samples
         ahead: deque[list[Future[_Collated]]] = deque()
         upcoming = iter(range(start_step, self._num_steps))
-        with _reader_pool(self._reader_threads, self._pin_memory) as pool:
+        with reader_pool(self._reader_threads, torch.cuda.current_device() if self._pin_memory else None) as pool:
             for step in range(start_step, self._num_steps):
                 for next_step in upcoming:
                     ahead.append([pool.submit(self._collate, micro) for micro in self._micro_batches(next_step)])
                     if len(ahead) > self._prefetch_steps:
                         break
                 futures = ahead.popleft()
-                wait(futures)  # wakes this thread once, where result() of each would interrupt the readers every time
-                collated = [future.result() for future in futures]
+                # wakes this thread once, where result() of each would interrupt the readers every time
+                done, _ = wait(futures, return_when=FIRST_EXCEPTION)
+                collated = [future.result() for future in futures if future in done]
                 for error in (error for micro in collated for error in micro.damage):
                     num_bad_samples += 1
                     self._accept(error, num_bad_samples)
@@ -165,13 +167,18 @@ class Loader:
 
 
 @contextmanager
-def _reader_pool(num_threads: int, pin_memory: bool) -> Iterator[ThreadPoolExecutor]:
-    """On the way out, drops what has not begun and waits for what has."""
-    bind = None
-    if pin_memory:  # a new thread would make a context on device 0, whichever device the rank has
-        bind = partial(torch.cuda.set_device, torch.cuda.current_device())
-    pool = ThreadPoolExecutor(num_threads, thread_name_prefix="reader", initializer=bind)
+def reader_pool(num_threads: int, cuda_device: torch.device | int | None) -> Iterator[ThreadPoolExecutor]:
+    """On the way out, drops what has not begun and waits for what has, but not for servers that fail."""
+    closing = threading.Event()
+
+    def begin() -> None:
+        read_until(closing)
+        if cuda_device is not None:  # a new thread would make a context on device 0, whichever device the rank has
+            torch.cuda.set_device(cuda_device)
+
+    pool = ThreadPoolExecutor(num_threads, thread_name_prefix="reader", initializer=begin)
     try:
         yield pool
     finally:
+        closing.set()
         pool.shutdown(wait=True, cancel_futures=True)

@@ -12,6 +12,8 @@ from typing import Any
 from engine.data.client import Busy, Reply, Stat
 
 _PASSING = frozenset({408, 425, 429})
+_NEVER = frozenset({501, 505})
+"""What such a server does not know today it does not learn."""
 
 
 class Web:
@@ -114,7 +116,7 @@ async def read_body(stream: Any, limit_bytes: int | None) -> tuple[bytes, str | 
 
 
 def is_passing(status: int) -> bool:
-    return status in _PASSING or status >= 500
+    return status in _PASSING or (status >= 500 and status not in _NEVER)
 
 
 def refuse(status: int, headers: Mapping[str, str], address: str) -> None:

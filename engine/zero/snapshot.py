@@ -36,15 +36,11 @@ class SnapshotWriter(CheckpointEngine):
     def save(self, state_dict: Any, path: str) -> None:
         snapshot = _to_host(state_dict, {})
         num_bytes = _tensor_bytes(snapshot)
-        free = shutil.disk_usage(Path(path).parent).free
-        if num_bytes > free:  # told through the future: raising here would leave the other ranks in a barrier
+        try:
+            _check_room(path, num_bytes)
+        except CheckpointError as problem:  # told through the future: raising would leave the other ranks in a barrier
             refused: Future[WrittenFile] = Future()
-            refused.set_exception(
-                CheckpointError(
-                    f"{path}: needs {num_bytes / 1e6:,.1f} MB, the disk has {free / 1e6:,.1f} MB free; "
-                    "free some space and run the same command again: it resumes from the last complete checkpoint"
-                )
-            )
+            refused.set_exception(problem)
             self.pending.append(refused)
             return
         self.pending.append(self._thread.submit(_write, snapshot, path, num_bytes))
@@ -54,6 +50,21 @@ class SnapshotWriter(CheckpointEngine):
             self.digests.check(Path(path))
         with weights_only():
             return torch.load(path, map_location=map_location, weights_only=True)
+
+
+def _check_room(path: str, num_bytes: int) -> None:
+    try:
+        free = shutil.disk_usage(Path(path).parent).free
+    except OSError as problem:  # a stale mount, a disk with errors
+        raise CheckpointError(
+            f"{path}: could not be written ({problem}); look at that disk and run the same command again: it resumes "
+            "from the last complete checkpoint"
+        ) from problem
+    if num_bytes > free:
+        raise CheckpointError(
+            f"{path}: needs {num_bytes / 1e6:,.1f} MB, the disk has {free / 1e6:,.1f} MB free; "
+            "free some space and run the same command again: it resumes from the last complete checkpoint"
+        )
 
 
 def _write(snapshot: Any, path: str, num_bytes: int) -> WrittenFile:

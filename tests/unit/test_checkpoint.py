@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -310,6 +311,20 @@ def test_too_little_room_is_told_before_anything_is_written(tmp_path: Path, monk
     with pytest.raises(CheckpointError, match=r"needs 4.0 MB, the disk has 1.0 MB free; free some space"):
         future.result()
     assert names(tmp_path) == []
+
+
+def test_a_disk_that_cannot_be_looked_at_is_told_through_the_future(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stale(path: Path) -> None:
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+    monkeypatch.setattr(snapshot.shutil, "disk_usage", stale)
+    writer = SnapshotWriter()
+    writer.save({"weights": torch.zeros(10)}, str(tmp_path / "file.pt"))
+    (future,) = writer.pending
+    with pytest.raises(CheckpointError, match=r"file\.pt: could not be written .*[Ss]tale.*same command again"):
+        future.result()
 
 
 def test_a_disk_that_fills_up_while_writing_is_an_error_and_no_crash(

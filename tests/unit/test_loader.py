@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -13,16 +14,19 @@ import numpy as np
 import pytest
 import torch
 
+from engine.data.address import read_bytes
 from engine.data.collate import Labelled
 from engine.data.loader import Loader
 from engine.data.manifest import MANIFEST, Manifest, ShardEntry, write_manifest
 from engine.data.order import DataOrder
 from engine.data.shards import ShardSet, ShardWriter
-from engine.errors import DataError
+from engine.errors import DataError, StoreError
 from engine.schema import IGNORE, Batch, Sample, StepBatches
+from tests.serving import Fault, Server, in_a_hurry
 
 SHARDS = [40, 25, 33, 31]
 SEQUENCE_TOKENS = 16
+PATIENCE_SECONDS = 40.0
 
 
 class MemoryShards:
@@ -203,6 +207,57 @@ def test_one_damaged_record_too_many_is_raised_at_its_step() -> None:
     shard, index = located(16 * 6 + 1)
     assert f"{shard}.tar, sample {index}: flipped bit" in message
     assert "data.max_bad_samples is 1" in message
+    assert not reader_threads()
+
+
+def test_a_server_that_refuses_is_no_damage(tmp_path: Path) -> None:
+    write_real_shards(tmp_path)
+    server = Server(tmp_path)
+    shards = ShardSet.open(f"{server.address}/{MANIFEST}")
+    server.faults.extend([Fault(403)] * 100)
+    order = DataOrder(SHARDS, seed=5, lanes=8, shuffle_samples=6)
+    settings = {"num_steps": 8, "global_sequences": 16, "micro_sequences": 4, "max_bad_samples": 1000}
+    with pytest.raises(StoreError, match="403"):
+        next(Loader(shards, order, label, **settings).steps())
+
+
+class RemoteShards(MemoryShards):
+    """Each sample is a request."""
+
+    def __init__(self, server: Server) -> None:
+        super().__init__()
+        self.server = server
+        (server.folder / "sample").write_bytes(b"x")
+
+    def read(self, shard: int, index: int) -> Sample:
+        read_bytes(f"{self.server.address}/sample")
+        return super().read(shard, index)
+
+
+@pytest.mark.parametrize("reader_threads", [1, 3])
+def test_an_error_does_not_wait_for_a_server_that_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reader_threads: int
+) -> None:
+    in_a_hurry(monkeypatch, retry_seconds=PATIENCE_SECONDS)
+    server = Server(tmp_path)
+    server.faults.extend([Fault(403), *[Fault(503, retry_after="600")] * 100])
+    begin = time.monotonic()
+    with pytest.raises(StoreError, match="403"):
+        next(make_loader(RemoteShards(server), reader_threads=reader_threads).steps())
+    assert time.monotonic() - begin < PATIENCE_SECONDS / 2
+
+
+def test_closing_does_not_wait_for_a_server_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    in_a_hurry(monkeypatch, retry_seconds=PATIENCE_SECONDS)
+    server = Server(tmp_path)
+    server.faults.extend([*[Fault()] * 16, *[Fault(503, retry_after="600")] * 100])
+    steps = make_loader(RemoteShards(server)).steps()
+    assert next(steps).step == 0
+    begin = time.monotonic()
+    while len(server.faults) == 100 and time.monotonic() - begin < PATIENCE_SECONDS:
+        time.sleep(0.01)
+    steps.close()
+    assert time.monotonic() - begin < PATIENCE_SECONDS / 2
     assert not reader_threads()
 
 

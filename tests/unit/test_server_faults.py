@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import logging
+import ssl
+import subprocess
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from engine.asking import read_batch
 from engine.data import client
+from engine.data.address import read_bytes
 from engine.data.client import CLIENT
 from engine.data.shards import ShardSet
 from engine.errors import DataError, MissingError, StoreError
@@ -146,6 +151,33 @@ def test_patience_has_an_end(remote: ShardSet, server: Server) -> None:
     assert_right(remote, server)  # a failure is not remembered
 
 
+def test_patience_is_with_the_server_whatever_is_asked(server: Server) -> None:
+    CLIENT.retry_seconds = 0.5
+    server.failures = 10**6
+    for name in ("a", "b", "c"):
+        CLIENT.take()
+        with pytest.raises(StoreError, match="cannot be read after"):
+            read_bytes(f"{server.address}/{name}")
+    assert CLIENT.take().num_requests == 1, "its time was up before"
+    server.failures = 0
+    assert read_bytes(f"{server.address}/shards/manifest.json")
+    server.failures = 1
+    assert read_bytes(f"{server.address}/shards/manifest.json"), "it answered in between: its time begins anew"
+
+
+def test_one_file_that_stays_away_ends_though_others_come(server: Server) -> None:
+    CLIENT.retry_seconds = 0.5
+    server.absent.add("shard-000000.tar")
+    with ThreadPoolExecutor(1) as others:
+        asked = others.submit(pytest.raises, StoreError, read_bytes, f"{server.address}/shards/shard-000000.tar")
+        for _ in range(2000):
+            read_bytes(f"{server.address}/shards/manifest.json")
+            if asked.done():
+                break
+        assert asked.done()
+        assert "cannot be read after" in str(asked.result().value)
+
+
 def test_endless_scraps_are_no_progress(remote: ShardSet, server: Server) -> None:
     CLIENT.retry_seconds = 0.5
     server.faults.extend([Fault(keep_bytes=1)] * 2000)
@@ -156,8 +188,47 @@ def test_endless_scraps_are_no_progress(remote: ShardSet, server: Server) -> Non
 @pytest.mark.parametrize("status", [400, 401, 403])
 def test_a_refusal_is_an_error_at_once(remote: ShardSet, server: Server, status: int) -> None:
     server.faults.append(Fault(status))
-    with pytest.raises(DataError, match=rf"shard-000000\.tar: cannot be read.*{status}"):
+    with pytest.raises(StoreError, match=rf"shard-000000\.tar: cannot be read.*{status}.*look at the keys"):
         remote.read(0, 0)
+    assert CLIENT.take().num_retries == 0
+
+
+def test_a_refusal_is_not_kept_as_an_empty_record(remote: ShardSet, server: Server) -> None:
+    damage: list[DataError] = []
+    server.faults.append(Fault(403))
+    with pytest.raises(StoreError):
+        read_batch(remote, None, 0, 1, range(1), lambda error, *_: damage.append(error))  # type: ignore[arg-type]
+    assert not damage
+
+
+@pytest.mark.parametrize("scheme", ["http", "s3"])
+def test_a_wrong_certificate_is_an_error_at_once(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scheme: str
+) -> None:
+    certificate, key = tmp_path / "certificate.pem", tmp_path / "key.pem"
+    words = ["req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-subj", "/CN=me"]
+    subprocess.run(["openssl", *words, "-keyout", key, "-out", certificate], check=True, capture_output=True)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate, key)
+    server.server.socket = context.wrap_socket(server.server.socket, server_side=True)
+    server.address = server.address.replace("http:", "https:")
+    if scheme == "s3":
+        as_s3(server, monkeypatch)
+    base = server.address if scheme == "http" else "s3:/"
+    with pytest.raises(StoreError, match=r"manifest\.json: cannot be read.*[Cc]ertificate"):
+        ShardSet.open(f"{base}/shards/manifest.json")
+    assert CLIENT.take().num_retries == 0
+
+
+def test_missing_keys_are_an_error_at_once(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    as_s3(server, monkeypatch)
+    for name in ("ACCESS_KEY_ID", "SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(f"AWS_{name}")
+    for name in ("SHARED_CREDENTIALS_FILE", "CONFIG_FILE"):
+        monkeypatch.setenv(f"AWS_{name}", str(tmp_path / "none"))
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    with pytest.raises(StoreError, match=r"manifest\.json: cannot be read.*credentials.*look at the keys"):
+        ShardSet.open("s3://shards/manifest.json")
     assert CLIENT.take().num_retries == 0
 
 
@@ -212,6 +283,23 @@ def test_small_files_of_servers_without_ranges(server: Server) -> None:
     server.ranges = False
     server.faults.extend([Fault(keep_bytes=200), Fault(), Fault(keep_bytes=100)])
     assert_right(ShardSet.open(f"{server.address}/shards/manifest.json"), server)
+
+
+def test_replies_that_end_ever_at_the_same_place_are_no_progress(server: Server) -> None:
+    """Of a server without ranges, each of them longer than what else counts as progress."""
+    CLIENT.retry_seconds, server.ranges = 0.5, False
+    (server.folder / "long").write_bytes(bytes(4 * client.PROGRESS_BYTES))
+    server.faults.extend([Fault(keep_bytes=2 * client.PROGRESS_BYTES)] * 200)
+    with pytest.raises(StoreError, match="cannot be read after"):
+        read_bytes(f"{server.address}/long")
+    assert server.faults, "it was asked until the server mended"
+
+
+@pytest.mark.parametrize("status", [405, 501, 505])
+def test_a_server_that_does_not_know_head_is_asked_for_the_first_byte(server: Server, status: int) -> None:
+    server.head_status = status
+    assert_right(ShardSet.open(f"{server.address}/shards/manifest.json"), server)
+    assert CLIENT.take().num_retries == 0
 
 
 def test_names_that_do_not_resolve_are_tried_again(server: Server) -> None:
