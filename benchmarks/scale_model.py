@@ -143,8 +143,17 @@ def start_seconds(work: Work, cluster: Cluster, num_ranks: int, manifest_seconds
     )
 
 
+def universal_bytes(parameters: float, num_ranks: int) -> float:
+    """That all ranks read to go on under stage 3 after another number of ranks: each reads every parameter's master
+    weight and moments whole, and keeps its share."""
+    return num_ranks * OPTIMIZER_BYTES * parameters
+
+
 def resume_seconds(work: Work, cluster: Cluster, num_ranks: int, manifest_seconds: float) -> float:
-    """A start, and the checkpoint: each rank its own share, and under stages 1 and 2 the weights on every node."""
+    """A start, and the checkpoint: each rank its own share, and under stages 1 and 2 the weights on every node.
+
+    On the ranks that wrote it; on another number ``universal_bytes`` are read.
+    """
     nodes = -(-num_ranks // cluster.ranks_per_node)
     own = OPTIMIZER_BYTES * work.parameters / min(cluster.store, nodes * cluster.node_store)
     weights = weights_seconds(work.parameters, cluster, num_ranks)
@@ -188,13 +197,17 @@ def opens_of_epoch(num_shards: int, lanes: int) -> int:
     return OPENS_OF_SHARD * (num_shards + lanes - 1)
 
 
-def growths(ranks: int) -> dict[str, str]:
+def growths(work: Work, cluster: Cluster, ranks: int) -> dict[str, str]:
     """What does not stay flat as ranks are added, by our own code or by what it stands on."""
+    universal = universal_bytes(work.parameters, ranks)
     return {
         "gloo's connections": f"quadratic, {ranks * (ranks - 1) // 2:,} in all and {ranks - 1:,} a rank: allow as many "
         "open files",
         "names in a checkpoint's folder, listed by each resuming rank": f"quadratic, {ranks * 2 * ranks:,} in all "
         "(DeepSpeed's glob)",
         "the small all-reduce of a step (gloo's ring)": "linear in time, in 'step s' above",
+        "a resume on another number of ranks, stage 3": f"linear, {universal / ranks / 1e9:,.1f} GB on every rank and "
+        f"{universal / 1e12:,.1f} TB in all, {universal / cluster.store:,.0f} s of the store (DeepSpeed's universal "
+        "form; not in 'resume s' above)",
         "the same weights read by every node": "linear, in 'start s' above: a store must give one file to all at once",
     }

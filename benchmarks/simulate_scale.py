@@ -71,7 +71,7 @@ def main() -> None:
         f"process {real['peak_bytes'] / 1e6:,.0f} MB at its peak "
         f"(needed {NEEDED_SECONDS:.0f} s, {NEEDED_BYTES / 1e6:.0f} MB)"
     )
-    for name, growth in growths(max(RANKS)).items():
+    for name, growth in growths(work, cluster, max(RANKS)).items():
         print(f"  {name}: {growth}")
     settings = {"work": asdict(work), "cluster": asdict(cluster)}
     write_json(arguments.output, settings | {"real_code": real, "ranks": figures})

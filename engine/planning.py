@@ -271,14 +271,16 @@ def _teacher_host_bytes(teacher: PreTrainedModel | None, run: ResolvedRun) -> in
 
 
 def _teacher_parts(teacher: PreTrainedModel, run: ResolvedRun, tokens: int) -> list[Part]:
-    """Weights, and the forward pass: one layer's tensors, and all layers' states when a term asks for them."""
+    """Weights, and the forward pass: one layer's tensors, and all layers' states when a term asks for them. With
+    overlap the targets of the micro-batch before live meanwhile: its last state, and all layers' states as well."""
     config, size = teacher.config.get_text_config(), VALUE_BYTES[run.teacher_precision]
     inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
     working = tokens * (2 * inner + 4 * config.hidden_size) * size
-    if any(isinstance(term, HiddenTerm) for term in run.config.losses):
-        working += tokens * (config.num_hidden_layers + 1) * config.hidden_size * size
+    has_hidden = any(isinstance(term, HiddenTerm) for term in run.config.losses)
+    num_states = config.num_hidden_layers + 1 if has_hidden else 0
     if run.config.teacher.overlap:
-        working += tokens * config.hidden_size * size
+        num_states += num_states + 1
+    working += num_states * tokens * config.hidden_size * size
     weights = teacher_bytes(teacher, run.config.teacher, size, run.batch.world_size)
     gathered = [Part("teacher layers gathered", weights.gathered)] if weights.gathered else []
     return [Part("teacher weights", weights.weights), *gathered, Part("teacher forward pass", working)]

@@ -70,8 +70,8 @@ def load_checkpoint(checkpoint: Path, engine: StudentEngine, parts: Parts, place
 
     Under another number of ranks than wrote it, ZeRO's parts are converted first, and what was one rank's is made anew:
     its generators from seed, rank and step; the damaged records count for rank 0.
-    Raises CheckpointError, on all ranks, when the checkpoint is of other data or another ZeRO stage, or has a file that
-    is not the one that was written.
+    Raises CheckpointError, on all ranks, when the checkpoint is of other data, another ZeRO stage or another precision,
+    or has a file that is not the one that was written.
     """
     meta = read_meta(checkpoint)
     if meta["data"] != parts.data_identity:
@@ -82,6 +82,11 @@ def load_checkpoint(checkpoint: Path, engine: StudentEngine, parts: Parts, place
         raise CheckpointError(
             f"{checkpoint} was written under ZeRO stage {meta['zero_stage']}, this run uses {engine.zero_stage}; "
             "use the DeepSpeed JSON it was started with"
+        )
+    if meta["precision"] != parts.run.precision:
+        raise CheckpointError(
+            f"{checkpoint} was trained in {meta['precision']}, this run uses {parts.run.precision}; "
+            f"set run.precision: {meta['precision']}"
         )
     digests = Digests(checkpoint, meta.get("sha256"))
     if "sha256" not in meta:
@@ -129,7 +134,16 @@ def _load_other_ranks(checkpoint: Path, engine: StudentEngine, place: Place, dig
             convert(checkpoint)
 
     _main_works_alone(checkpoint, place, convert_alone)
-    engine.load_universal(checkpoint)
+    _check_together(checkpoint, place, lambda: _see_universal(checkpoint))
+    engine.load_universal(checkpoint, lambda work: _check_together(checkpoint, place, work))
+
+
+def _see_universal(checkpoint: Path) -> None:
+    if not (checkpoint / UNIVERSAL / "zero" / "optimizer_state.pt").is_file():
+        raise CheckpointError(
+            f"{checkpoint / UNIVERSAL}: not whole where this rank looks; let all hosts see one run folder, or remove "
+            "it, so that it is made again"
+        )
 
 
 def _main_works_alone(checkpoint: Path, place: Place, work: Callable[[], None]) -> None:

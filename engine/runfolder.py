@@ -29,6 +29,7 @@ FREE_TO_CHANGE = (
     "run.num_steps",
     "run.num_epochs",
     "run.gradient_checkpointing",
+    "run.precision",
     "batch.micro_sequences",
     "data.reader_threads",
     "data.prefetch_steps",
@@ -38,6 +39,10 @@ FREE_TO_CHANGE = (
     "data.manifest",
     "teacher.cache",
     "teacher.on_missing",
+    "teacher.placement",
+    "teacher.tp_size",
+    "teacher.offload",
+    "teacher.overlap",
     "cache.",
     "evaluation",
     "checkpoint",
@@ -45,7 +50,8 @@ FREE_TO_CHANGE = (
     "cluster",
     "zero",
 )
-"""Settings that a resumed run may change. The data and a cache are told by their hashes, not by their places."""
+"""Settings that a resumed run may change. The data and a cache are told by their hashes, not by their places; the
+precision in use is compared with the checkpoint's."""
 PACKAGES = ("torch", "deepspeed", "transformers", "tokenizers", "numpy", "webdataset", "pydantic", "stillhouse")
 
 

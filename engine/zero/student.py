@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,10 @@ from engine.config.run import OptimizerSection
 from engine.digests import Digests, WrittenFile
 from engine.errors import CheckpointError, TrainingError
 from engine.schema import Head
+from engine.watch.judgement import is_lost
 from engine.zero.loading import TAG, weights_only
 from engine.zero.snapshot import SnapshotWriter
-from engine.zero.universal import UNIVERSAL
+from engine.zero.universal import UNIVERSAL, padding_has_a_step
 
 
 class StudentEngine:
@@ -117,14 +119,23 @@ class StudentEngine:
         _look_at_own_file_alone(self._engine)
         self._load(folder, TAG)
 
-    def load_universal(self, folder: Path) -> None:
-        """From what ``convert`` made, for any number of ranks. Collective. Raises CheckpointError as ``load`` does."""
+    def load_universal(self, folder: Path, together: Callable[[Callable[[], None]], None]) -> None:
+        """From what ``convert`` made, for any number of ranks. Collective. Raises CheckpointError as ``load`` does.
+
+        ``together`` calls its argument on every rank and raises on all of them what one raises: ranks read for
+        themselves, and gather the weights after that.
+        """
         self._writer.digests = None  # made by this job or one before it; nothing in it can run
         weight_decays = [group["weight_decay"] for group in self._optimizer.param_groups]
+        optimizer, read = self._optimizer, self._optimizer._load_universal_checkpoint
+        groups = [*getattr(optimizer, "bit16_groups", ()), *getattr(optimizer, "bf16_groups", ())]
+        optimizer._load_universal_checkpoint = lambda *words: together(lambda: read(*words))
         self._engine._config.load_universal_checkpoint = True
         try:
-            self._load(folder, UNIVERSAL)
+            with padding_has_a_step(groups):
+                self._load(folder, UNIVERSAL)
         finally:
+            optimizer._load_universal_checkpoint = read
             self._engine._config.load_universal_checkpoint = False
         for group, weight_decay in zip(self._optimizer.param_groups, weight_decays, strict=True):
             group["weight_decay"] = weight_decay  # under stage 3 DeepSpeed gives all groups that of the first
@@ -139,6 +150,8 @@ class StudentEngine:
             with weights_only():
                 loaded, _ = self._engine.load_checkpoint(str(folder), tag=tag)
         except (RuntimeError, KeyError, AssertionError, OSError, EOFError, ValueError) as problem:
+            if is_lost(problem):
+                raise
             raise CheckpointError(f"{folder}: cannot be loaded into this model: {problem}") from problem
         if loaded is None:
             raise CheckpointError(f"{folder}: holds no DeepSpeed checkpoint")

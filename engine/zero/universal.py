@@ -8,10 +8,14 @@ from __future__ import annotations
 import os
 import shutil
 from argparse import Namespace
-from contextlib import redirect_stderr, redirect_stdout
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
+from typing import Any
 
+import torch
 from deepspeed.checkpoint import ds_to_universal
+from deepspeed.utils.tensor_fragment import fragment_address, tensor_fragment
 
 from engine.data.atomic import move_into_place, sync_folder
 from engine.errors import CheckpointError
@@ -52,6 +56,23 @@ def convert(checkpoint: Path) -> None:
         raise CheckpointError(f"{checkpoint}: cannot be converted for another number of ranks: {problem}") from problem
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def padding_has_a_step(groups: Sequence[Sequence[Any]]) -> Iterator[None]:
+    """``groups`` are lists of parameters. A rank that holds nothing but padding of a flat group maps none of them, and
+    DeepSpeed, which takes the group's step from those it maps, fails there. Inside, such a rank maps the first one, but
+    no value of it.
+    """
+    stand_ins = [group[0] for group in groups if group and all(p._hp_mapping is None for p in group)]
+    for parameter in stand_ins:
+        nowhere, nothing = fragment_address(numel=0, start=0), torch.empty(0)
+        parameter._hp_mapping = tensor_fragment(nothing, nowhere, nothing, nowhere, {}, {}, False, 0, {})
+    try:
+        yield
+    finally:
+        for parameter in stand_ins:
+            parameter._hp_mapping = None
 
 
 def _check_room(checkpoint: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from engine.checkpoint import newest
-from engine.zero import UNIVERSAL
+from engine.zero import UNIVERSAL, convert
 from tests import tiny
 from tests.launching import ROOT, Job, finish, wait_for_step, write_config
 
@@ -137,3 +137,35 @@ def test_stages_0_and_1_go_on_as_well(root: Path) -> None:
         finish(start(settings(root, name, stage), root, 2, 4))
         finish(start(settings(root, name, stage), root, 1, 8))
         assert losses(root, name) == pytest.approx(losses(root, calm), rel=TOLERANCE)
+
+
+SMALL = {
+    "model_type": "llama", "hidden_size": 2, "num_hidden_layers": 1, "num_attention_heads": 1,
+    "num_key_value_heads": 1, "intermediate_size": 4, "vocab_size": 96, "max_position_embeddings": 64,
+    "pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3,
+}  # fmt: skip
+"""So small that on 4 ranks some hold nothing but padding of the norms."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [1, 2])
+def test_ranks_that_hold_only_padding_go_on_and_none_fails_alone(root: Path, stage: int) -> None:
+    def small(name: str) -> dict[str, Any]:
+        return settings(root, name, stage) | {"student": {"config": SMALL}}
+
+    calm, name = f"small_calm{stage}", f"small{stage}"
+    finish(start(small(calm), root, 1, 12))
+    finish(start(small(name), root, 2, 4))
+    checkpoint = root / "runs" / name / "checkpoints" / "step_00000004"
+    convert(checkpoint)
+    (moment,) = checkpoint.glob(f"{UNIVERSAL}/zero/*model.norm.weight/exp_avg.pt")
+    good = moment.read_bytes()
+    moment.write_bytes(good[:-200])  # only the rank that holds this norm reads it
+    job = start(small(name), root, 4, 8)
+    assert job.wait() == [2] * 4, job.output()
+    assert all(f"error: {checkpoint}: RuntimeError" in log.read_text() for log in job.logs), job.output()
+
+    moment.write_bytes(good)
+    finish(start(small(name), root, 4, 8))
+    finish(start(small(name), root, 1, 12))
+    assert losses(root, name) == pytest.approx(losses(root, calm), rel=TOLERANCE)

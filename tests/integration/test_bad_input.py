@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +17,10 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from engine import Distiller
+from engine.config.load import parse_config
+from engine.config.run import RunConfig
 from engine.errors import CheckpointError, ConfigError, TrainingError
+from engine.runfolder import check_owner, write_start
 from engine.schema import Batch, DenseTargets
 from engine.teacher.online import OnlineTeacher
 from tests import tiny
@@ -169,6 +173,20 @@ def test_a_folder_of_another_run_is_left_as_it_is(root: Path) -> None:
     assert before == after
 
 
+def test_where_the_teacher_runs_may_change_and_how_its_weights_are_held_may_not(root: Path) -> None:
+    def config(**teacher: Any) -> RunConfig:
+        return parse_config(tiny.run_config(root, teacher=teacher))
+
+    folder = root / "runs" / "run"
+    write_start(folder, config(placement="tensor_parallel", tp_size=4), {}, {})
+    check_owner(folder, config(placement="tensor_parallel", tp_size=2))
+    check_owner(folder, config(placement="zero3"))
+    check_owner(folder, config(overlap=True))
+    check_owner(folder, config(offload="cpu"))
+    with pytest.raises(CheckpointError, match=r"teacher\.quantize: was 'none', is now 'int8'"):
+        check_owner(folder, config(quantize="int8"))
+
+
 def test_resuming_from_what_is_no_checkpoint(root: Path) -> None:
     fail(tiny.run_config(root), CheckpointError, "not a complete checkpoint", resume=str(root / "teacher"))
 
@@ -185,6 +203,15 @@ def test_resuming_with_another_zero_stage(root: Path) -> None:
     Distiller(tiny.run_config(root, run={"num_steps": 3})).fit()
     config = tiny.run_config(root) | {"zero": {"zero_optimization": {"stage": 3}}}
     fail(config, CheckpointError, "was written under ZeRO stage 2, this run uses 3")
+
+
+def test_resuming_in_another_precision(root: Path) -> None:
+    Distiller(tiny.run_config(root, run={"num_steps": 3, "precision": "auto"})).fit()
+    in_bf16 = tiny.run_config(root, run={"num_steps": 4, "precision": "auto"})
+    in_bf16["zero"] = {"zero_optimization": {"stage": 2}, "bf16": {"enabled": True}}
+    fail(in_bf16, CheckpointError, "was trained in fp32, this run uses bf16; set run.precision: fp32")
+    Distiller(tiny.run_config(root, run={"num_steps": 4, "precision": "fp32"})).fit()
+    assert checkpoints(root)[-1] == "step_00000004", "as the message said"
 
 
 @pytest.mark.parametrize("victim", ["zero/mp_rank_00_model_states.pt", "state/rank_00000.pt", "meta.json"])

@@ -21,7 +21,7 @@ from engine.checkpoint import CheckpointStore, complete_checkpoints, newest, rea
 from engine.digests import HashingFile, WrittenFile
 from engine.dist import Control, Ranks
 from engine.errors import CheckpointError
-from engine.zero import SnapshotWriter, snapshot
+from engine.zero import SnapshotWriter, StudentEngine, snapshot
 from tests.full_disk import fill, small_disk
 
 SaveEngine = Callable[[Path], list[Future[WrittenFile]]]
@@ -339,3 +339,24 @@ def test_a_disk_that_fills_up_while_writing_is_an_error_and_no_crash(
         (future,) = writer.pending
         with pytest.raises(CheckpointError, match=r"file.pt: could not be written .*it needs 4.0 MB"):
             future.result(10)
+
+
+@pytest.mark.parametrize(
+    ("problem", "raised"),
+    [
+        (RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer [10.0.0.2]:40112"), RuntimeError),
+        (torch.distributed.DistNetworkError("no answer"), torch.distributed.DistNetworkError),
+        (RuntimeError("size mismatch for lm_head.weight"), CheckpointError),
+    ],
+)
+def test_a_peer_lost_while_loading_is_no_bad_checkpoint(
+    tmp_path: Path, problem: Exception, raised: type[Exception]
+) -> None:
+    def load_checkpoint(folder: str, tag: str) -> None:
+        raise problem
+
+    engine = StudentEngine.__new__(StudentEngine)
+    engine._engine = SimpleNamespace(load_checkpoint=load_checkpoint)
+    with pytest.raises(raised) as caught:
+        engine._load(tmp_path, "zero")
+    assert type(caught.value) is raised

@@ -208,6 +208,20 @@ def test_a_cache_of_states_takes_the_room_of_its_head(run_yaml: Path) -> None:
     assert not any("teacher" in name for name in few_ids)
 
 
+@pytest.mark.parametrize(("kind", "num_states"), [("forward_kl", 1), ("hidden_mse", 8 + 2)], ids=["logits", "hidden"])
+def test_overlap_keeps_a_second_set_of_targets(run_yaml: Path, kind: str, num_states: int) -> None:
+    run = yaml.safe_load(run_yaml.read_text())
+    run["losses"] = [{"kind": "forward_kl"}] + ([{"kind": kind, "layers": "spread"}] if kind == "hidden_mse" else [])
+    run_yaml.write_text(yaml.safe_dump(run))
+
+    def forward_pass(*overrides: str) -> int:
+        parts = Planner(str(run_yaml), overrides, Machine("cuda", 1, 80 * 10**9, None, 0.4), 100_000, 1024).plan().parts
+        return next(part.num_bytes for part in parts if part.name == "teacher forward pass")
+
+    added = forward_pass("teacher.overlap=true") - forward_pass()
+    assert added == num_states * (32 * 1024) * 256 * 2
+
+
 def test_preflight_finds_what_the_run_would_refuse(run_yaml: Path) -> None:
     odd = preflight("--config", str(run_yaml), "--world-size", "3", "--samples", "1000", "--sequence-tokens", "64")
     assert odd.returncode == 2

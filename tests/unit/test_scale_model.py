@@ -74,6 +74,11 @@ def test_times_grow_as_they_should() -> None:
     assert scale_model.write_seconds(WORK, CLUSTER, 8) > scale_model.write_seconds(WORK, CLUSTER, 64)
 
 
+def test_growths_name_what_every_rank_reads_after_another_number_of_ranks() -> None:
+    growth = scale_model.growths(WORK, CLUSTER, 4096)["a resume on another number of ranks, stage 3"]
+    assert "12.0 GB on every rank and 49.2 TB in all, 492 s of the store" in growth
+
+
 def test_the_simulation_runs(tmp_path: Path) -> None:
     """With fewer shards. Its seconds are the benchmark's own affair: they depend on what else the machine does."""
     output = tmp_path / "scale.json"
