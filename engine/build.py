@@ -154,7 +154,7 @@ def _evaluator(parts: Parts, objective: Objective, place: Place) -> Evaluator | 
         objective,
         max_sequences=section.max_sequences,
         batch=parts.run.batch,
-        ranks=place.ranks,
+        control=place.control,
         device=place.device,
     )
 

@@ -76,7 +76,7 @@ def _evaluate(
         objective,
         max_sequences=parts.run.config.evaluation.max_sequences,
         batch=parts.run.batch,
-        ranks=place.ranks,
+        control=place.control,
         device=place.device,
     )
     module = StudentWithObjective(model, objective, parts.task.model_inputs).eval()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,10 +14,11 @@ from torch import Tensor
 from engine.config.resolve import BatchPlan
 from engine.data.loader import Loader, Shards
 from engine.data.order import Location
-from engine.dist import Ranks
-from engine.errors import DataError
+from engine.dist import Control
+from engine.errors import DataError, StillhouseError
 from engine.losses.objective import Objective, StepContext
-from engine.schema import Batch, Targets
+from engine.schema import Batch, StepBatches, Targets
+from engine.sharing import raise_together
 from engine.tasks.task import Task
 from engine.teacher.source import TargetSource
 
@@ -80,9 +82,10 @@ class Evaluator:
         *,
         max_sequences: int,
         batch: BatchPlan,
-        ranks: Ranks,
+        control: Control,
         device: torch.device,
     ) -> None:
+        ranks = control.ranks
         counts = shards.manifest.samples_per_shard
         count = min(max_sequences, sum(counts))
         count -= count % ranks.world_size  # every rank makes the same number of forward passes
@@ -90,33 +93,37 @@ class Evaluator:
             raise DataError(f"the held-out shards hold {sum(counts)} sequences, too few for {ranks.world_size} ranks")
         local = count // ranks.world_size
         micro = max(size for size in range(1, min(batch.micro_sequences, local) + 1) if local % size == 0)
+        self._num_passes = local // micro
         self._loader = Loader(
             shards,
             EvenlySpaced(counts, count),
             task.label,
-            num_steps=local // micro,
+            num_steps=self._num_passes,
             global_sequences=micro * ranks.world_size,
             micro_sequences=micro,
             rank=ranks.rank,
             world_size=ranks.world_size,
         )
-        self._objective, self._device, self._world_size = objective, device, ranks.world_size
+        self._objective, self._device, self._control = objective, device, control
 
     @torch.no_grad()
     def score(self, forward: Forward, source: TargetSource) -> Evaluation:
-        """``forward`` is the student with its objective, in evaluation mode."""
+        """``forward`` is the student with its objective, in evaluation mode.
+
+        Raises on all ranks when one of them cannot read: its DataError there, TrainingError on the others.
+        """
         names = self._objective.metric_names
         sums = torch.zeros(len(names) + 1, dtype=torch.float64, device=self._device)
         with_teacher = False
-        for step in self._loader.steps():
-            for micro_batch in step.micro_batches:
-                batch = micro_batch.to(self._device)
+        with closing(self._loader.steps()) as steps:
+            for _ in range(self._num_passes):
+                batch = self._next(steps)
                 targets = source.targets_for(batch, self._objective.rows(batch))
                 with_teacher = targets is not None
                 _, metrics = forward(batch, targets, StepContext(0, batch.num_labels, batch.num_tokens))
                 sums[:-1] += metrics
                 sums[-1] += batch.num_labels
-        if self._world_size > 1:
+        if self._control.ranks.world_size > 1:
             torch.distributed.all_reduce(sums)
         total = dict(zip([*names, "labels"], sums.tolist()))
         mean = {name: total[name] / max(1.0, total["labels"]) for name in names}
@@ -127,3 +134,13 @@ class Evaluator:
             kl=mean["kl_temperature_1"] if with_teacher else None,
             agreement=mean["agreement"] if with_teacher else None,
         )
+
+    def _next(self, steps: Iterator[StepBatches]) -> Batch:
+        """Whoever waits for a server is waited for here: what the forward pass exchanges has a limit of time."""
+        problem: StillhouseError | None = None
+        try:
+            (batch,) = next(steps).micro_batches
+        except StillhouseError as error:
+            problem = error
+        raise_together(self._control, problem)
+        return batch.to(self._device)

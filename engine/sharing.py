@@ -1,11 +1,12 @@
-"""What one rank reads for all: a thousand ranks must not each list a folder or open a manifest."""
+"""What one rank reads for all (a thousand ranks must not each list a folder or open a manifest), and errors of one rank
+that all of them raise."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any, Protocol, TypeVar
 
-from engine.errors import StillhouseError
+from engine.errors import StillhouseError, TrainingError
 
 Result = TypeVar("Result")
 
@@ -17,6 +18,22 @@ class Channel(Protocol):
     def is_main(self) -> bool: ...
 
     def from_main(self, item: Any) -> Any: ...
+
+
+class Exchange(Protocol):
+    """What is asked of engine.dist.Control."""
+
+    def gather(self, item: Any) -> list[Any]: ...
+
+
+def raise_together(exchange: Exchange, problem: StillhouseError | None) -> None:
+    """Raises, when any rank has a ``problem``, its own on that rank and TrainingError on the others. Collective."""
+    texts = exchange.gather(None if problem is None else f"{type(problem).__name__}: {problem}")
+    told = [f"rank {rank}: {text}" for rank, text in enumerate(texts) if text]
+    if problem is not None:
+        raise problem
+    if told:
+        raise TrainingError("stopped with the others; " + "; ".join(told))
 
 
 def read_by_main(

@@ -22,6 +22,7 @@ from engine.meter import Meter, PhaseTimer
 from engine.metrics import RecordMaker
 from engine.schedule import learning_rate_factor
 from engine.schema import StepBatches
+from engine.sharing import raise_together
 from engine.state import TrainState, rng_state
 from engine.teacher.ahead import InTurn, OneAhead
 from engine.teacher.source import TargetSource
@@ -130,7 +131,7 @@ class Trainer:
         )
         self.records.add_traffic(Traffic(*traffic))
         if num_failed:
-            self._raise_together(fetched if isinstance(fetched, StillhouseError) else None)
+            raise_together(self.control, fetched if isinstance(fetched, StillhouseError) else None)
         if bad > self.run.config.data.max_bad_samples:
             raise DataError(
                 f"{bad} damaged samples were met, more than data.max_bad_samples allows; the log names each"
@@ -148,11 +149,6 @@ class Trainer:
     def _checks_now(self) -> bool:
         """On a CPU looking at a loss costs nothing; on a GPU it waits, so it is done with the records."""
         return self.device.type == "cpu" or self.state.step % self.run.config.tracking.every_steps == 0
-
-    def _raise_together(self, problem: StillhouseError | None) -> None:
-        texts = self.control.gather(None if problem is None else f"{type(problem).__name__}: {problem}")
-        told = [f"rank {rank}: {text}" for rank, text in enumerate(texts) if text]
-        raise problem if problem is not None else TrainingError("stopped with the others; " + "; ".join(told))
 
     def _not_finite(self, what: str, names: list[str]) -> None:
         every = sorted({name for part in self.control.gather(names) for name in part})
