@@ -261,17 +261,3 @@ def test_a_run_that_explodes_is_stopped(root: Path, stage: int) -> None:
     config |= {"zero": {"zero_optimization": {"stage": stage}}}
     told = fail(config, TrainingError, "was NaN or Inf in or before step", "lower optimizer.learning_rate")
     assert "shard-00000" in told
-
-
-# several ranks: nobody is left waiting
-
-
-@pytest.mark.slow
-def test_another_number_of_ranks_is_refused_by_all(root: Path) -> None:
-    config = tiny.run_config(root, run={"num_steps": 3})
-    Distiller(config).fit()
-    config["run"]["num_steps"] = 6
-    job = distill(config, root / "job", world_size=2)
-    assert job.wait() == [2, 2], job.output()
-    assert "was written by 1 ranks and this run has 2; start it with 1 ranks" in job.output()
-    assert checkpoints(root) == ["step_00000003"]
