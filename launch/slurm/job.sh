@@ -132,6 +132,27 @@ mend the cause and submit the job again"
     fi
 }
 
+seconds_of() { # Slurm's D-HH:MM:SS
+    local days=0 rest=$1 hours minutes seconds
+    if [[ $rest == *-* ]]; then days=${rest%%-*} rest=${rest#*-}; fi
+    IFS=: read -r hours minutes seconds <<<"$rest"
+    echo $((((days * 24 + 10#$hours) * 60 + 10#$minutes) * 60 + 10#$seconds))
+}
+
+# A job that is being ended shows COMPLETING whatever the cause: its time limit, a preemption, or somebody's scancel.
+was_cancelled() { # WHAT SCONTROL SHOWS
+    case $1 in
+        *JobState=CANCELLED*) return 0 ;;
+        *JobState=COMPLETING*) ;;
+        *) return 1 ;;
+    esac
+    if [[ $1 =~ \ PreemptTime=([^ ]+) && ${BASH_REMATCH[1]} != None ]]; then return 1; fi
+    [[ $1 =~ \ TimeLimit=([0-9][0-9:-]*) ]] || return 0
+    local limit=${BASH_REMATCH[1]}
+    [[ $1 =~ \ RunTime=([0-9][0-9:-]*) ]] || return 0
+    [[ $(seconds_of "${BASH_REMATCH[1]}") -lt $(seconds_of "$limit") ]]
+}
+
 # Put this job back into the queue, unless it was cancelled, is at fault, or makes no progress.
 requeue() { # PROGRESS UNIT
     case $verdict in
@@ -139,8 +160,11 @@ requeue() { # PROGRESS UNIT
         4) give_up 4 "a later launch goes on with this run; this one leaves" ;;
     esac
     local shown
-    shown=$(scontrol --oneliner show job "$job" 2>/dev/null)
-    if [[ $shown == *JobState=CANCELLED* ]]; then
+    for _ in 1 2 3; do
+        shown=$(scontrol --oneliner show job "$job" 2>/dev/null) && break
+        sleep 1
+    done
+    if was_cancelled "$shown"; then
         give_up 0 "cancelled; not requeued. Submit the job again to go on from $2 $1"
     fi
     if [[ $shown =~ \ Restarts=([0-9]+) && ${BASH_REMATCH[1]} != "${SLURM_RESTART_COUNT:-0}" ]]; then
