@@ -73,6 +73,7 @@ def _run(words: list[str], environment: dict[str, str], log: Path) -> None:
     os.environ.update(imported | environment)
     os.environ["PATH"] = os.pathsep.join([os.path.dirname(sys.executable), os.environ["PATH"]])
     os.umask(int(environment.get("TEST_UMASK", "0o022"), 8))
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a suite in the background of a shell has it ignored
     os.chdir(ROOT)
     sys.argv = words
     try:
