@@ -50,7 +50,7 @@ def main() -> None:
         folder = Path(name)
         make_parts(folder)
         faults, wall_seconds, num_steps = drill(folder, arguments)
-        arguments.steps = num_steps
+        arguments.steps, arguments.wait_seconds = num_steps, arguments.wait_seconds + 2.0 * arguments.seconds
         with Job(folder, "calm", arguments) as calm:
             calm.run_to_end()
         figures = evaluate(folder, faults, wall_seconds, num_steps, arguments)
