@@ -175,14 +175,20 @@ def _refuse(
     )
 
 
-def show_numbers(numbers: list[int]) -> str:
-    """ranks 2, 5-7, at most a dozen runs."""
+def runs_of(numbers: Sequence[int]) -> list[list[int]]:
+    """First and last of each run of numbers that follow each other; one number where there is one."""
     runs: list[list[int]] = []
     for number in sorted(numbers):
         if runs and number == runs[-1][-1] + 1:
             runs[-1] = [runs[-1][0], number]
         else:
             runs.append([number])
+    return runs
+
+
+def show_numbers(numbers: list[int]) -> str:
+    """ranks 2, 5-7, at most a dozen runs."""
+    runs = runs_of(numbers)
     shown = ", ".join("-".join(map(str, run)) for run in runs[:12]) + (" ..." if len(runs) > 12 else "")
     return f"rank{'s' if len(numbers) > 1 else ''} {shown}"
 

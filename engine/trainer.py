@@ -196,18 +196,17 @@ class Trainer:
 
     def _record(self, epoch: float) -> None:
         self.state.elapsed_seconds = time.perf_counter() - self.session_start
-        seconds = self.timer.take()
-        record = self.records.make(self.state, self.meter.take(), seconds, self.engine, epoch)
+        record = self.records.make(self.state, self.meter.take(), self.timer.take(), self.engine, epoch)
         record["train/learning_rate"] = self._learning_rate()
-        record |= self._compare_ranks(seconds)
+        record |= self._compare_ranks(record)
         self.tracker.record(self.state.step, record)
         self.show_progress(self.state.step, self.records.headline(record))
 
-    def _compare_ranks(self, seconds: dict[str, float]) -> dict[str, float]:
+    def _compare_ranks(self, record: dict[str, float]) -> dict[str, float]:
         """A slow host shows in what its ranks do without waiting for others. They tell it with their signs of life,
         so comparing costs the training nothing."""
-        own = sum(seconds.get(phase, 0.0) for phase in ("data", "teacher", "forward"))
-        self.watch.now.own_seconds = own / self.run.config.tracking.every_steps
+        phases = ("data", "teacher", "forward")
+        self.watch.now.own_seconds = sum(record.get(f"seconds/{phase}", 0.0) for phase in phases)
         middle, slow = self.watch.slow_ranks()
         self.slow_for = {name: self.slow_for.get(name, 0) + 1 for name in slow}
         lasting = [name for name, num_records in self.slow_for.items() if num_records == SLOW_RECORDS]

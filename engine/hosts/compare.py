@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from engine.errors import ConfigError, DataError, StillhouseError
 from engine.hosts.facts import SHARED, HostFacts
+from engine.meeting import runs_of
 
 ESSENTIAL_PACKAGES = ("torch", "deepspeed", "transformers", "tokenizers", "numpy", "stillhouse")
 """What the others of ``runfolder.PACKAGES`` differ in is a warning."""
@@ -107,13 +108,7 @@ def fold(names: Iterable[str]) -> str:
 
 
 def _folded(stem: str, width: int, ending: str, numbers: list[int]) -> str:
-    ranges: list[list[int]] = []
-    for number in sorted(numbers):
-        if ranges and number == ranges[-1][-1] + 1:
-            ranges[-1] = [ranges[-1][0], number]
-        else:
-            ranges.append([number])
-    texts = ["-".join(f"{end:0{width}d}" for end in each) for each in ranges]
+    texts = ["-".join(f"{end:0{width}d}" for end in each) for each in runs_of(numbers)]
     if len(numbers) == 1:
         return f"{stem}{texts[0]}{ending}"
     if len(texts) > MAX_NAMES:

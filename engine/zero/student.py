@@ -140,9 +140,8 @@ class StudentEngine:
         for group, weight_decay in zip(self._optimizer.param_groups, weight_decays, strict=True):
             group["weight_decay"] = weight_decay  # under stage 3 DeepSpeed gives all groups that of the first
         for state in self._optimizer.optimizer.state.values():
-            if isinstance(
-                step := state.get("step"), Tensor
-            ):  # one for all parameters, on the CPU, and counted up by each
+            step = state.get("step")  # one for all parameters, on the CPU, and counted up by each
+            if isinstance(step, Tensor):
                 state["step"] = step.clone().to(state["exp_avg"].device)
 
     def _load(self, folder: Path, tag: str) -> None:
