@@ -17,6 +17,7 @@ import time
 
 POLL_SECONDS = 1.0
 STOPPED_SECONDS = 5.0
+SHOW_SECONDS = 0.2
 DUMP_SECONDS = 5.0
 
 
@@ -39,14 +40,21 @@ def watch(name: str, limit_seconds: float) -> None:
 
 
 def _end(rank: int, message: str) -> None:
+    """Have the rank write its stacks, and end it.
+
+    SIGQUIT, pending before the rank goes on, shows the training thread, which stands still in its handler. SIGABRT
+    then shows all threads and ends the process; over a thread that runs meanwhile it may crash, which ends it as well.
+    """
     os.write(2, message.encode())
-    for number in (signal.SIGCONT, signal.SIGABRT):  # the rank's fault handler writes its stack
+    os.kill(rank, signal.SIGQUIT)
+    os.kill(rank, signal.SIGCONT)
+    for number, seconds in ((signal.SIGABRT, SHOW_SECONDS), (signal.SIGKILL, DUMP_SECONDS)):
+        deadline = time.monotonic() + seconds
+        while os.getppid() == rank and time.monotonic() < deadline:
+            time.sleep(0.02)
+        if os.getppid() != rank:
+            return
         os.kill(rank, number)
-    deadline = time.monotonic() + DUMP_SECONDS
-    while os.getppid() == rank and time.monotonic() < deadline:
-        time.sleep(0.05)
-    if os.getppid() == rank:
-        os.kill(rank, signal.SIGKILL)
 
 
 if __name__ == "__main__":

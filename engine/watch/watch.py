@@ -6,6 +6,7 @@ import contextlib
 import faulthandler
 import logging
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -68,6 +69,7 @@ class Watch:
     def __enter__(self) -> Watch:
         if self._caller is not None:
             faulthandler.enable()
+            faulthandler.register(signal.SIGQUIT, all_threads=False)  # the guard asks for it
             self._guard = _start_guard(self._caller.meeting, self._timeout)
             self._caller.start()
         threading.Thread(target=self._look_after_self, name="watch", daemon=True).start()

@@ -60,7 +60,9 @@ def test_a_stopped_rank_shows_its_stack_and_ends_the_run(root: Path) -> None:
     wait_for_step(root / "runs" / "stopped", 5, job)
     os.kill(job.ranks[1].pid, signal.SIGSTOP)
     codes = job.wait(60)
-    assert codes == [EXIT_LOST_RANK, -signal.SIGABRT, EXIT_LOST_RANK], job.output()
+    assert [codes[0], codes[2]] == [EXIT_LOST_RANK] * 2, job.output()
+    # the fault handler may crash over a thread that runs on, and the rank, woken, may hear that it was given up
+    assert codes[1] in (-signal.SIGABRT, -signal.SIGSEGV, EXIT_LOST_RANK), job.output()
     said = job.logs[1].read_text()
     assert re.search(r"no sign of life for 8 s; last heard: \w+, after step \d+. Its stack:", said)
     assert 'trainer.py", line' in said  # of the training thread
