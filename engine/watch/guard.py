@@ -17,6 +17,7 @@ import time
 
 POLL_SECONDS = 1.0
 STOPPED_SECONDS = 5.0
+WAKE_SECONDS = 0.1
 SHOW_SECONDS = 0.2
 DUMP_SECONDS = 5.0
 
@@ -42,13 +43,14 @@ def watch(name: str, limit_seconds: float) -> None:
 def _end(rank: int, message: str) -> None:
     """Have the rank write its stacks, and end it.
 
-    SIGQUIT, pending before the rank goes on, shows the training thread, which stands still in its handler. SIGABRT
-    then shows all threads and ends the process; over a thread that runs meanwhile it may crash, which ends it as well.
+    SIGQUIT shows the training thread, which stands still in its handler meanwhile: the kernel gives it to the main
+    thread once that one is awake. SIGABRT then shows all threads and ends the process; over a thread that runs on it
+    may crash, which ends the process as well.
     """
     os.write(2, message.encode())
-    os.kill(rank, signal.SIGQUIT)
     os.kill(rank, signal.SIGCONT)
-    for number, seconds in ((signal.SIGABRT, SHOW_SECONDS), (signal.SIGKILL, DUMP_SECONDS)):
+    steps = ((signal.SIGQUIT, WAKE_SECONDS), (signal.SIGABRT, SHOW_SECONDS), (signal.SIGKILL, DUMP_SECONDS))
+    for number, seconds in steps:
         deadline = time.monotonic() + seconds
         while os.getppid() == rank and time.monotonic() < deadline:
             time.sleep(0.02)
