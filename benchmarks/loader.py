@@ -30,7 +30,8 @@ from engine.data.loader import Loader
 from engine.data.manifest import MANIFEST, Manifest, ShardEntry, write_manifest
 from engine.data.order import DataOrder
 from engine.data.record import token_dtype
-from engine.data.shards import ShardSet, ShardWriter
+from engine.data.shard_writer import ShardWriter
+from engine.data.shards import ShardSet
 from engine.tasks.causal_lm import CausalLM
 from engine.tasks.masked_lm import MaskedLM
 from engine.tasks.task import Task

@@ -57,7 +57,7 @@ def reshard(options: argparse.Namespace) -> int:
         start = folder.position[0] if folder.position else 0
         with Progress(total=source.num_samples, label="samples", first_step=start) as progress:
             for done, sample in enumerate(_samples(shards, start), start + 1):
-                folder.add(sample.token_ids, sample.document_tokens, sample.key)
+                folder.add(sample.token_ids, sample.document_tokens, sample.key, sample.annotation)
                 if _is_full(folder, done, source.num_samples, options):
                     folder.cut([done])
                 if done % _SHOW_EVERY == 0:

@@ -18,15 +18,16 @@ from data_tools.folder_lock import FolderLock
 from engine.data.atomic import write_atomically
 from engine.data.manifest import MANIFEST, TOKEN_COUNTS, Manifest, ShardEntry, write_manifest
 from engine.data.record import token_dtype
-from engine.data.shards import ShardWriter
+from engine.data.shard_writer import ShardWriter
 from engine.errors import DataError
+from engine.schema import Annotation
 
 PROGRESS = ".progress.npz"
 _OURS = re.compile(r"\.?shard-\d{6}\.(tar|index\.npy)(\.partial)?")
 _UNFINISHED = re.compile(
     r"\.(\.progress\.npz|manifest\.json|token_counts\.npy|shard-\d{6}\.index\.npy)\.\w{8}\.partial"
 )
-_SETTINGS = ("task", "tokenizer", "vocab_size", "pad_id", "sequence_tokens", "command")
+_SETTINGS = ("task", "tokenizer", "vocab_size", "pad_id", "sequence_tokens", "labels", "command")
 
 
 class ShardFolder:
@@ -72,13 +73,20 @@ class ShardFolder:
     def num_shards(self) -> int:
         return len(self._entries) + (self._writer is not None)
 
-    def add(self, token_ids: np.ndarray, document_tokens: np.ndarray, key: str | None = None) -> None:
+    def add(
+        self,
+        token_ids: np.ndarray,
+        document_tokens: np.ndarray,
+        key: str | None = None,
+        annotation: Annotation | None = None,
+    ) -> None:
         """Append a sample: ids [T], tokens of each document [D]. Its key tells where it was first written."""
         number = len(self._entries)
         if self._writer is None:
             path = self.folder / f"shard-{number:06d}.tar"
             self._writer = self._writing.enter_context(ShardWriter(path, self._dtype))
-        self._writer.add(key or f"{number:06d}-{self._writer.num_samples:08d}", token_ids, document_tokens)
+        key = key or f"{number:06d}-{self._writer.num_samples:08d}"
+        self._writer.add(key, token_ids, document_tokens, annotation)
         np.add.at(self._token_counts, token_ids, 1)
 
     def cut(self, position: Sequence[int]) -> None:

@@ -1,4 +1,4 @@
-"""Numbers that change with the step, as pure functions of it: nothing to save, nothing to replay at a resume."""
+"""Numbers that follow from the step or from other numbers: pure functions, nothing to save or to replay at a resume."""
 
 from __future__ import annotations
 
@@ -41,3 +41,8 @@ def learning_rate_factor(
     if kind == "wsd":
         start, shape = num_steps - (decay_steps or max(1, num_steps // 10)), "linear"
     return between(1.0, final_fraction, shape, step, start, num_steps)
+
+
+def samples_of_epoch(num_samples: int, lanes: int, epoch_samples: int | None) -> int:
+    """Samples that an epoch has: a whole number for each lane, and at least one."""
+    return max(1, min(num_samples, epoch_samples or num_samples) // lanes) * lanes

@@ -39,6 +39,18 @@ def map_tensors(part: Part, change: Callable[[Tensor], Tensor]) -> Part:
 
 
 @dataclass(frozen=True)
+class Annotation:
+    """What a sample of a labelled task has beside its tokens."""
+
+    labels: np.ndarray
+    """[T], [1] or [2] by the task: 0 where there is none, 1 for one that is not known, then 2 + the label's index"""
+    piece_tokens: np.ndarray
+    """[1 or 2] tokens of the first text and of the second, each with its special tokens; sums to T"""
+    example: bytes = b""
+    """JSON that scoring needs, or nothing"""
+
+
+@dataclass(frozen=True)
 class Sample:
     """One training sequence as it lies in a shard. ``sound`` is false for the stand-in of a damaged record."""
 
@@ -49,6 +61,7 @@ class Sample:
     document_tokens: np.ndarray
     """[D] tokens of each packed document, in order; sums to T"""
     sound: bool = True
+    annotation: Annotation | None = None
 
     @property
     def name(self) -> str:
@@ -83,6 +96,8 @@ class Batch:
     """some sequence holds several documents or padding: attention needs the segment ids"""
     names: tuple[str, ...]
     """shard/key of each sequence"""
+    piece_ids: Tensor | None = None
+    """[B, T] int64: 0 for the first text of a labelled sample and for padding, 1 for the second"""
     cached: SparseTargets | CachedStates | Unanswered | None = None
     """what a cache holds for the positions with a label"""
 

@@ -9,7 +9,8 @@ import numpy as np
 
 from engine.data.manifest import Manifest, ShardEntry, write_manifest
 from engine.data.record import token_dtype
-from engine.data.shards import ShardSet, ShardWriter
+from engine.data.shard_writer import ShardWriter
+from engine.data.shards import ShardSet
 
 VOCAB = 300
 SEQUENCE = 32

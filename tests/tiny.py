@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from engine.data.manifest import Manifest, write_manifest
 from engine.data.record import token_dtype
-from engine.data.shards import ShardWriter
+from engine.data.shard_writer import ShardWriter
 from engine.tasks.tokenizer import fingerprint
 
 NUM_WORDS = 91

@@ -14,6 +14,7 @@ from engine.config.checks import check_run
 from engine.config.deepspeed import Owned, check_names, fill, read_deepspeed_json, zero_stage
 from engine.config.run import BatchSection, RunConfig
 from engine.errors import ConfigError
+from engine.schedule import samples_of_epoch
 
 __all__ = ["Accelerator", "BatchPlan", "DataFacts", "ResolvedRun", "read_deepspeed_json", "resolve"]
 
@@ -118,7 +119,7 @@ def plan_steps(config: RunConfig, num_samples: int) -> int:
     if config.run.num_steps is not None:
         return config.run.num_steps
     assert config.run.num_epochs is not None
-    sequences = config.run.num_epochs * (num_samples // config.data.lanes * config.data.lanes)
+    sequences = config.run.num_epochs * samples_of_epoch(num_samples, config.data.lanes, config.data.epoch_samples)
     return max(1, math.ceil(sequences / config.batch.global_sequences))
 
 

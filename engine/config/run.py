@@ -158,6 +158,11 @@ class DataSection(Section):
     """Fixed slices of the data order. The number of ranks must divide it; more lanes allow more ranks later."""
     shuffle_samples: Count = 1024
     """Samples shuffled together inside a lane."""
+    sort_samples: Annotated[int, Field(ge=0)] = 0
+    """Samples of a lane that are sorted by length together, so that the sequences of a step are of about one length
+    and little is padded: for data that is not packed. 0 does not sort."""
+    epoch_samples: Count | None = None
+    """Samples of an epoch; the next one takes others. Default: all."""
     reader_threads: Count = 1
     """Threads that read and collate ahead of training. One is fastest where reading does not wait; more hide the
     latency of http(s)://, s3:// and slow shared disks."""

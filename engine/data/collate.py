@@ -40,6 +40,7 @@ def collate(samples: Sequence[Sample], labelled: Labelled, *, pad_id: int, seque
         token_rows=torch.from_numpy(np.flatnonzero(is_token)),
         packed=packed,
         names=tuple(sample.name for sample in samples),
+        piece_ids=_piece_ids(samples, is_token),
     )
 
 
@@ -50,6 +51,15 @@ def _grid(flat: np.ndarray, is_token: np.ndarray, fill: int) -> np.ndarray:
     grid = np.full(is_token.shape, fill, dtype=np.int64)
     grid[is_token] = flat
     return grid
+
+
+def _piece_ids(samples: Sequence[Sample], is_token: np.ndarray) -> torch.Tensor | None:
+    if not any(sample.annotation for sample in samples):
+        return None
+    flat = [
+        np.repeat(np.arange(2)[: len(a.piece_tokens)], a.piece_tokens) for a in (s.annotation for s in samples) if a
+    ]
+    return torch.from_numpy(_grid(np.concatenate(flat), is_token, 0))
 
 
 def _documents(samples: Sequence[Sample], lengths: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray, bool]:

@@ -1,9 +1,10 @@
 """manifest.json: what a folder of shards holds, written last and atomically, so that it exists only when all is there.
 
 A sample is the tar records ``<key>.tokens.npy`` ([T], smallest unsigned type) and ``<key>.documents.npy`` ([D] uint32,
-tokens of each packed document). Beside ``shard-000000.tar`` lies ``shard-000000.index.npy``: [num_samples] of
-(offset uint64, num_bytes uint32, crc32 uint32), the bytes of each sample with its tar headers and padding, and their
-CRC-32. ``token_counts.npy`` is [vocab_size] int64.
+tokens of each packed document); engine/data/record.py has what samples of labelled tasks hold beside them. Beside
+``shard-000000.tar`` lies ``shard-000000.index.npy``: [num_samples] of (offset uint64, num_bytes uint32, crc32 uint32,
+num_tokens uint32), the bytes of each sample with its tar headers and padding, their CRC-32 and its length.
+``token_counts.npy`` is [vocab_size] int64.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ from engine.errors import DataError
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 TOKEN_COUNTS = "token_counts.npy"
+ANNOTATED_TASKS = frozenset({"token_classification", "sequence_classification", "question_answering"})
+"""Whose samples have labels of their own; those of other tasks follow from the tokens."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,15 @@ class Manifest:
     command: str
     """the command that made it"""
     format_version: int = FORMAT_VERSION
+    labels: tuple[str, ...] = ()
+    """names of the classes of a labelled task, in the order of their indices"""
+    has_labels: bool = True
+    """false for data of a labelled task whose labels are not known"""
+
+    @property
+    def is_annotated(self) -> bool:
+        """Whether its samples have an Annotation."""
+        return self.task in ANNOTATED_TASKS
 
     @property
     def num_samples(self) -> int:
@@ -75,7 +87,10 @@ class Manifest:
         return [shard.num_samples for shard in self.shards]
 
     def to_json(self) -> str:
-        return json.dumps(asdict(self), indent=1, sort_keys=True) + "\n"
+        content = asdict(self)
+        if not self.is_annotated:  # as it was before there were such tasks
+            del content["labels"], content["has_labels"]
+        return json.dumps(content, indent=1, sort_keys=True) + "\n"
 
     @staticmethod
     def from_json(text: str, where: str) -> Manifest:
@@ -84,7 +99,7 @@ class Manifest:
             content: dict[str, Any] = json.loads(text)
             refuse_newer(content["format_version"], FORMAT_VERSION, where)
             shards = tuple(ShardEntry(**entry) for entry in content.pop("shards"))
-            manifest = Manifest(shards=shards, **content)
+            manifest = Manifest(shards=shards, labels=tuple(content.pop("labels", ())), **content)
             _check_types(manifest)
             for shard in shards:  # of a hundred thousand: what is sound is seen at one glance
                 values = _VALUES(shard)
@@ -121,3 +136,7 @@ def _check_types(part: Manifest | ShardEntry) -> None:
             raise ValueError(f"{field.name} is {value!r}, expected a number of 0 or more")
         if field.type == "str" and not isinstance(value, str):
             raise ValueError(f"{field.name} is {value!r}, expected text")
+        if field.type == "bool" and not isinstance(value, bool):
+            raise ValueError(f"{field.name} is {value!r}, expected true or false")
+        if field.type == "tuple[str, ...]" and not all(isinstance(each, str) for each in value):
+            raise ValueError(f"{field.name} is {value!r}, expected a list of texts")

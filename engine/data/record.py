@@ -1,7 +1,8 @@
 """One sample as tar records, decoded by hand: nothing is ever unpickled, and a record costs a few microseconds.
 
 A record is the bytes of a sample's members one after another: for each a 512-byte ustar header, the content, and
-zeros up to a multiple of 512. Members are ``<key>.documents.npy`` and ``<key>.tokens.npy``.
+zeros up to a multiple of 512. Members are ``<key>.documents.npy`` and ``<key>.tokens.npy``; samples of labelled tasks
+have ``<key>.labels.npy`` and ``<key>.pieces.npy`` as well, and ``<key>.example.json`` where scoring needs it.
 """
 
 from __future__ import annotations
@@ -13,10 +14,17 @@ from typing import NamedTuple
 
 import numpy as np
 
+from engine.schema import Annotation
+
 BLOCK = 512
 TOKENS = "tokens.npy"
 DOCUMENTS = "documents.npy"
-INDEX_DTYPE = np.dtype([("offset", "<u8"), ("num_bytes", "<u4"), ("crc32", "<u4")])
+LABELS = "labels.npy"
+PIECES = "pieces.npy"
+EXAMPLE = "example.json"
+INDEX_DTYPE = np.dtype([("offset", "<u8"), ("num_bytes", "<u4"), ("crc32", "<u4"), ("num_tokens", "<u4")])
+INDEX_DTYPES = (INDEX_DTYPE, np.dtype(INDEX_DTYPE.descr[:3]))
+"""What is written, and what was written before"""
 
 _UNSIGNED = (np.dtype("u1"), np.dtype("<u2"), np.dtype("<u4"))
 _MAX_CACHED_HEADERS = 4096
@@ -29,6 +37,17 @@ class DamagedRecord(Exception):
     def __init__(self, problem: str, key: str = "unknown") -> None:
         super().__init__(problem)
         self.key = key
+
+
+class Decoded(NamedTuple):
+    """The content of a record."""
+
+    key: str
+    token_ids: np.ndarray
+    """[T]"""
+    document_tokens: np.ndarray
+    """[D]"""
+    annotation: Annotation | None
 
 
 class Member(NamedTuple):
@@ -58,10 +77,11 @@ def _npy_header(dtype: np.dtype, shape: tuple[int, ...]) -> bytes:
     return header.getvalue()
 
 
-def decode(record: bytes) -> tuple[str, np.ndarray, np.ndarray]:
-    """Key, token ids [T] and document tokens [D] of a record. Raises DamagedRecord."""
+def decode(record: bytes) -> Decoded:
+    """The content of a record. Raises DamagedRecord."""
     key = None
     arrays = {}
+    example = b""
     for member in members(record):
         if key is None:
             key = member.key
@@ -69,9 +89,14 @@ def decode(record: bytes) -> tuple[str, np.ndarray, np.ndarray]:
             raise DamagedRecord(f"holds members of two samples, {key} and {member.key}", key)
         if member.name.endswith(".npy"):
             arrays[member.name] = decode_array(record, member)
+        elif member.name == EXAMPLE:
+            example = record[member.start : member.end]
     if key is None or TOKENS not in arrays or DOCUMENTS not in arrays:
         raise DamagedRecord(f"expected members {DOCUMENTS} and {TOKENS}, found {sorted(arrays)}", key or "unknown")
-    return key, arrays[TOKENS], arrays[DOCUMENTS]
+    if (LABELS in arrays) != (PIECES in arrays):
+        raise DamagedRecord(f"expected both of {LABELS} and {PIECES} or neither, found {sorted(arrays)}", key)
+    annotation = Annotation(arrays[LABELS], arrays[PIECES], example) if LABELS in arrays else None
+    return Decoded(key, arrays[TOKENS], arrays[DOCUMENTS], annotation)
 
 
 def members(record: bytes) -> Iterator[Member]:
@@ -136,7 +161,7 @@ def diagnose(record: bytes) -> DamagedRecord:
             blanked = sum(header) - sum(header[148:156]) + 8 * ord(" ")
             if header[148:154] != b"%06o" % blanked:
                 return DamagedRecord("tar header with a wrong checksum", member.key)
-        key, _, _ = decode(record)
+        key = decode(record).key
     except DamagedRecord as damage:
         return damage
     return DamagedRecord("flipped bits in its content", key)

@@ -1,19 +1,17 @@
-"""Shards: tar files of packed sequences, written once and read at random by their index.
+"""Shards: tar files of sequences, read at random by their index.
 
-The only module that imports webdataset. Formats are in engine/data/manifest.py and engine/data/record.py.
+Formats are in engine/data/manifest.py and engine/data/record.py.
 """
 
 from __future__ import annotations
 
 import hashlib
 import io
-import os
 import shutil
-import tarfile
 import tempfile
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import IO
 
 import numpy as np
@@ -31,9 +29,15 @@ from engine.data.address import (
     read_bytes,
     sha256_of,
 )
-from engine.data.atomic import move_into_place, write_atomically
+from engine.data.annotation import check_annotation
 from engine.data.manifest import TOKEN_COUNTS, Manifest, ShardEntry
-from engine.data.record import DOCUMENTS, INDEX_DTYPE, TOKENS, DamagedRecord, decode, diagnose, encode_array
+from engine.data.record import (
+    INDEX_DTYPES,
+    DamagedRecord,
+    Decoded,
+    decode,
+    diagnose,
+)
 from engine.errors import DataError
 from engine.schema import Sample
 
@@ -45,7 +49,7 @@ _MAX_OPEN_SHARDS = 256
 class _OpenShard:
     source: ByteSource
     index: np.ndarray
-    """[num_samples] INDEX_DTYPE"""
+    """[num_samples] one of INDEX_DTYPES"""
 
 
 class ShardSet:
@@ -96,7 +100,7 @@ class ShardSet:
         content = read_bytes(address, self.manifest.token_counts_sha256)
         if hashlib.sha256(content).hexdigest() != self.manifest.token_counts_sha256:
             raise DataError(f"{address}: not the file that the manifest names (sha256 differs); copy or build it again")
-        return _load_array(content, address, np.dtype("<i8"), self.manifest.vocab_size)
+        return _load_array(content, address, (np.dtype("<i8"),), self.manifest.vocab_size)
 
     def read(self, shard: int, index: int) -> Sample:
         """Sample ``index`` of shard number ``shard``.
@@ -106,21 +110,34 @@ class ShardSet:
         """
         entry = self.manifest.shards[shard]
         opened = self._opened.get(shard, lambda: self._open(entry))
-        offset, num_bytes, crc32 = opened.index[index].item()
+        offset, num_bytes, crc32 = opened.index[index].item()[:3]
         record = opened.source.read(offset, offset + num_bytes)
         if zlib.crc32(record) != crc32:  # perhaps by a proxy on the way
             record = opened.source.read(offset, offset + num_bytes, anew=True)
         try:
             if zlib.crc32(record) != crc32:
                 raise diagnose(record)
-            key, token_ids, document_tokens = decode(record)
-            self._check(key, token_ids, document_tokens)
+            decoded = decode(record)
+            self._check(decoded)
         except DamagedRecord as damage:
             raise DataError(
                 f"{self.address_of(entry.name)}, sample {damage.key} (number {index}), at byte {offset:,}: {damage}; "
                 f"copy or build this shard again (data_tools/verify_shards.py lists all that is damaged)"
             ) from damage
-        return Sample(entry.name, key, token_ids, document_tokens)
+        return Sample(
+            entry.name, decoded.key, decoded.token_ids, decoded.document_tokens, annotation=decoded.annotation
+        )
+
+    def lengths(self, shard: int) -> np.ndarray:
+        """[num_samples] tokens of each sample of shard number ``shard``. Raises DataError where the index has none."""
+        entry = self.manifest.shards[shard]
+        index = self._opened.get(shard, lambda: self._open(entry)).index
+        if "num_tokens" not in index.dtype.names:
+            raise DataError(
+                f"{self.address_of(entry.index)}: an older index, without the samples' lengths, which "
+                "data.sort_samples needs; build the shards again, or set data.sort_samples: 0"
+            )
+        return index["num_tokens"]
 
     def check(self, shard: int) -> None:
         """Raises DataError when the shard or its index is missing, cut short or another file."""
@@ -138,7 +155,8 @@ class ShardSet:
             return name
         return beside(self.address, name)
 
-    def _check(self, key: str, token_ids: np.ndarray, document_tokens: np.ndarray) -> None:
+    def _check(self, decoded: Decoded) -> None:
+        key, token_ids, document_tokens, annotation = decoded
         num_tokens = len(token_ids)
         if not 0 < num_tokens <= self.manifest.sequence_tokens:
             raise DamagedRecord(f"{num_tokens} tokens, expected 1 to {self.manifest.sequence_tokens}", key)
@@ -148,6 +166,11 @@ class ShardSet:
         highest = int(token_ids.max())
         if highest >= self.manifest.vocab_size:
             raise DamagedRecord(f"token id {highest}, expected below {self.manifest.vocab_size}", key)
+        if (annotation is not None) != self.manifest.is_annotated:
+            found = "labels" if annotation else "no labels"
+            raise DamagedRecord(f"holds {found}, which is not what {self.manifest.task} has", key)
+        if annotation is not None:
+            check_annotation(annotation, num_tokens, self.manifest, key)
 
     def _open(self, entry: ShardEntry) -> _OpenShard:
         address = self.address_of(entry.name)
@@ -177,98 +200,16 @@ class ShardSet:
             raise DataError(
                 f"{address}: not the index that the manifest names (sha256 differs); copy or build {entry.name} again"
             )
-        return _load_array(content, address, INDEX_DTYPE, entry.num_samples)
+        return _load_array(content, address, INDEX_DTYPES, entry.num_samples)
 
 
-class ShardWriter:
-    """Writes one shard and its index; the bytes depend on the samples alone. Use as a context manager.
-
-    On success both files are synced and renamed into place and ``entry`` is set; after an exception neither exists.
-    """
-
-    def __init__(self, path: Path, dtype: np.dtype) -> None:
-        """``path`` is FOLDER/NAME.tar; ``dtype`` of the token ids from engine.data.record.token_dtype."""
-        from webdataset import TarWriter
-
-        self.path = path
-        self.entry: ShardEntry | None = None
-        self._dtype = dtype
-        self._num_tokens = 0
-        self._offsets = [0]
-        self._partial = path.with_name(f".{path.name}.partial")
-        self._stream = self._partial.open("wb")
-        self._tar = TarWriter(self._stream, user="", group="", mode=0o644, mtime=0, encoder=False, compress=False)
-        self._tar.tarstream.format = tarfile.USTAR_FORMAT  # TarWriter's own ``format`` does not reach the tar file
-
-    @property
-    def num_samples(self) -> int:
-        return len(self._offsets) - 1
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes of the samples so far."""
-        return self._offsets[-1]
-
-    def add(self, key: str, token_ids: np.ndarray, document_tokens: np.ndarray) -> None:
-        """Append a sample: ids [T], tokens of each of its documents [D]. The key holds no dot and no slash."""
-        documents, tokens = encode_array(document_tokens.astype("<u4")), encode_array(token_ids.astype(self._dtype))
-        self._tar.write({"__key__": key, DOCUMENTS: documents, TOKENS: tokens})
-        self._num_tokens += len(token_ids)
-        self._offsets.append(self._tar.tarstream.offset)
-
-    def __enter__(self) -> ShardWriter:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        try:
-            if kind is None:
-                self._finish()
-        finally:
-            self._stream.close()
-            self._partial.unlink(missing_ok=True)
-
-    def _finish(self) -> None:
-        self._tar.close()
-        self._stream.flush()
-        os.fsync(self._stream.fileno())
-        num_bytes = self._stream.tell()
-        index, sha256 = _scan(self._partial, self._offsets)
-        index_content = encode_array(index)
-        index_path = self.path.with_suffix(".index.npy")
-        write_atomically(index_path, index_content)
-        move_into_place(self._partial, self.path)
-        self.entry = ShardEntry(
-            name=self.path.name,
-            num_samples=len(index),
-            num_tokens=self._num_tokens,
-            num_bytes=num_bytes,
-            sha256=sha256,
-            index=index_path.name,
-            index_sha256=hashlib.sha256(index_content).hexdigest(),
-        )
-
-
-def _scan(path: Path, offsets: list[int]) -> tuple[np.ndarray, str]:
-    """The index [n] and the sha256 of a tar file, from what the disk holds rather than what was meant to be written."""
-    index = np.zeros(len(offsets) - 1, INDEX_DTYPE)
-    index["offset"], index["num_bytes"] = offsets[:-1], np.diff(offsets)
-    digest = hashlib.sha256()
-    with path.open("rb") as stream:
-        for sample, num_bytes in enumerate(index["num_bytes"].tolist()):
-            record = stream.read(num_bytes)
-            index["crc32"][sample] = zlib.crc32(record)
-            digest.update(record)
-        digest.update(stream.read())
-    return index, digest.hexdigest()
-
-
-def _load_array(content: bytes, address: str, dtype: np.dtype, length: int) -> np.ndarray:
+def _load_array(content: bytes, address: str, dtypes: Sequence[np.dtype], length: int) -> np.ndarray:
     try:
         array = np.lib.format.read_array(io.BytesIO(content), allow_pickle=False)
     except Exception as problem:  # NumPy's reader raises by the damage
         raise DataError(f"{address}: not a .npy file ({problem}); build the shards again") from problem
-    if array.dtype != dtype or array.shape != (length,):
-        raise DataError(f"{address}: {array.dtype} of shape {array.shape}, expected {dtype} of shape ({length},)")
+    if array.dtype not in dtypes or array.shape != (length,):
+        raise DataError(f"{address}: {array.dtype} of shape {array.shape}, expected {dtypes[0]} of shape ({length},)")
     return array
 
 

@@ -25,7 +25,7 @@ from engine.capture import Capture
 from engine.config.load import parse_config
 from engine.data.manifest import Manifest, write_manifest
 from engine.data.record import token_dtype
-from engine.data.shards import ShardWriter
+from engine.data.shard_writer import ShardWriter
 from engine.dist import StopSignal
 from engine.errors import CacheError
 from engine.tasks.tokenizer import fingerprint

@@ -37,7 +37,7 @@ OWNERS = {
     "deepspeed": ("engine/zero", *EVERYWHERE),
     "wandb": ("engine/tracking", *EVERYWHERE),
     "tensorboard": ("engine/tracking", *EVERYWHERE),
-    "webdataset": ("engine/data/shards.py", *EVERYWHERE),
+    "webdataset": ("engine/data/shards.py", "engine/data/shard_writer.py", *EVERYWHERE),
     "datasets": ("engine/tasks", "data_tools", *EVERYWHERE),
     "pyarrow": ("data_tools", *EVERYWHERE),
     "transformers": ("engine/models.py", "engine/student", "engine/teacher", "engine/tasks", "engine/export.py",

@@ -19,7 +19,8 @@ from engine.data.collate import Labelled
 from engine.data.loader import Loader
 from engine.data.manifest import MANIFEST, Manifest, ShardEntry, write_manifest
 from engine.data.order import DataOrder
-from engine.data.shards import ShardSet, ShardWriter
+from engine.data.shard_writer import ShardWriter
+from engine.data.shards import ShardSet
 from engine.errors import DataError, StoreError
 from engine.schema import IGNORE, Batch, Sample, StepBatches
 from tests.serving import Fault, Server, in_a_hurry

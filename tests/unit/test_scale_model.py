@@ -24,7 +24,7 @@ CLUSTER = Cluster(8, 50e9, 450e9, 100e9, 5e9, 25e-6, 0.6, 20.0)
 
 
 def test_bytes_of_a_sequence(tmp_path: Path) -> None:
-    from engine.data.shards import ShardWriter
+    from engine.data.shard_writer import ShardWriter
 
     with ShardWriter(tmp_path / "a.tar", np.dtype("<u2")) as writer:
         writer.add("000000-00000000", np.zeros(4096, np.int64), np.array([4000, 96]))

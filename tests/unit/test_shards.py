@@ -13,7 +13,8 @@ import pytest
 
 from engine.data.manifest import ShardEntry
 from engine.data.record import DOCUMENTS, INDEX_DTYPE, TOKENS, encode_array, token_dtype
-from engine.data.shards import ShardSet, ShardWriter
+from engine.data.shard_writer import ShardWriter
+from engine.data.shards import ShardSet
 from engine.errors import DataError
 from tests.sharding import VOCAB, manifest_of, samples_of, write_set, write_shard
 
@@ -192,7 +193,7 @@ def foreign_shard(folder: Path, members: dict[str, bytes]) -> Path:
         info.size = len(content)
         padding = bytes(-len(content) % 512)
         record += info.tobuf(tarfile.USTAR_FORMAT) + content + padding
-    index = encode_array(np.array([(0, len(record), zlib.crc32(record))], INDEX_DTYPE))
+    index = encode_array(np.array([(0, len(record), zlib.crc32(record), 1)], INDEX_DTYPE))
     (folder / "shard-000000.index.npy").write_bytes(index)
     whole = record + bytes(1024)
     (folder / "shard-000000.tar").write_bytes(whole)
