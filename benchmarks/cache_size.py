@@ -39,7 +39,7 @@ from engine.data.shards import ShardSet
 from engine.data.stateless import fold, random_bits
 from engine.losses.head import head_logits
 from engine.losses.objective import Objective, Shape, StepContext
-from engine.models import load_model
+from engine.models import MODEL_CLASSES, load_model
 from engine.schema import Batch, DenseTargets, SparseTargets, Targets
 from engine.student.module import StudentWithObjective
 from engine.tasks.task import Task, build_task
@@ -95,8 +95,8 @@ def ask(arguments: argparse.Namespace, shards: ShardSet, task: Task) -> list[Ans
     order = DataOrder(shards.manifest.samples_per_shard, seed=0, lanes=1, shuffle_samples=1024)
     size = arguments.sequences
     loader = Loader(shards, order, task.label, num_steps=arguments.batches, global_sequences=size, micro_sequences=size)
-    model = load_model(ModelSection(model=arguments.teacher), task.model_class_name, torch.float32, "teacher")
-    teacher = OnlineTeacher(model, task.model_inputs, hidden_states=False)
+    model = load_model(ModelSection(model=arguments.teacher), MODEL_CLASSES[task.kind], torch.float32, "teacher")
+    teacher = OnlineTeacher(model, task, hidden_states=False)
     found = []
     for step in loader.steps():
         (batch,) = step.micro_batches
@@ -109,12 +109,12 @@ class Gradients:
     """Of forward KL with respect to all weights of the student, through the fused loss."""
 
     def __init__(self, folder: str, task: Task, num_ids: int) -> None:
-        model = load_model(ModelSection(model=folder), task.model_class_name, torch.float32, "student").eval()
+        model = load_model(ModelSection(model=folder), MODEL_CLASSES[task.kind], torch.float32, "student").eval()
         shape = Shape(model.config.hidden_size, model.config.num_hidden_layers)
         objective = Objective(
             (ForwardKL(kind="forward_kl"),), num_steps=1, num_ids=num_ids, student=shape, teacher=None
         )
-        self._module = StudentWithObjective(model, objective, task.model_inputs)
+        self._module = StudentWithObjective(model, objective, task)
         self._weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
 
     def of(self, answered: Answered, targets: Targets) -> Tensor:

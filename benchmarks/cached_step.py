@@ -82,7 +82,7 @@ class Training:
         objective = Objective(
             config.losses, num_steps=10**6, num_ids=manifest.vocab_size, student=shape, teacher=None
         )  # fmt: skip
-        self._module = StudentWithObjective(student, objective, parts.task.model_inputs).train()
+        self._module = StudentWithObjective(student, objective, parts.task).train()
         self._optimizer = torch.optim.AdamW(self._module.parameters(), lr=1e-4)
         cached = None
         self._source: TargetSource = NoTeacher()
@@ -90,7 +90,7 @@ class Training:
             assert parts.cache is not None
             self._source = cached = CachedTargets(parts.cache, manifest, config.teacher.tail, CPU)
         elif parts.teacher is not None:
-            self._source = OnlineTeacher(parts.teacher, parts.task.model_inputs, hidden_states=False)
+            self._source = OnlineTeacher(parts.teacher, parts.task, hidden_states=False)
         order = DataOrder(manifest.samples_per_shard, seed=0, lanes=config.data.lanes, shuffle_samples=64)
         micro = config.batch.micro_sequences
         loader = Loader(parts.shards, order, parts.task.label, num_steps=10**6, global_sequences=micro,
@@ -152,7 +152,7 @@ def time_capture(config: RunConfig, arguments: argparse.Namespace) -> dict[str, 
     asker = Asker(config, CPU)
     batches = [asker.batch(0, number) for number in range(min(2, asker.num_batches(0)))]
     asked = [asker._read(*batch) for batch in batches]
-    model, tap = asker.teacher.model, asker.teacher.tap
+    model, tap = asker.teacher.model, asker.teacher.reader.tap
 
     @torch.inference_mode()
     def bare() -> None:

@@ -42,7 +42,7 @@ from scale_model import (
 )
 
 from engine.config.load import parse_config
-from engine.config.resolve import Accelerator, DataFacts, resolve
+from engine.config.resolve import Accelerator, resolve
 from engine.data.manifest import Manifest
 from engine.data.order import DataOrder, Location
 from engine.data.shards import ShardSet
@@ -180,7 +180,7 @@ def resolve_for(ranks: int, manifest: Manifest) -> Any:
         "losses": [{"kind": "cross_entropy", "weight": 1.0}],
     }
     parsed = parse_config(config)
-    facts = DataFacts(manifest.num_samples, manifest.sequence_tokens, manifest.vocab_size, manifest.task)
+    facts = manifest.facts
     assert isinstance(parsed.zero, dict)
     return resolve(
         parsed,

@@ -19,7 +19,7 @@ from engine.config.run import RunConfig
 from engine.data.spread import spread
 from engine.errors import CacheError, ConfigError, DataError, StillhouseError
 from engine.losses.head import head_logits
-from engine.models import DTYPES, cast, load_model, move
+from engine.models import DTYPES, MODEL_CLASSES, cast, load_model, move
 from engine.parts import check_model
 from engine.schema import DenseTargets
 from engine.teacher.fingerprint import fingerprint_teacher
@@ -111,18 +111,18 @@ class _Teacher:
         identity, section = check.folder.identity, check.reader.section
         self.is_imported = identity.teacher_precision not in DTYPES
         self.precision = "fp32" if self.is_imported else identity.teacher_precision
-        model = load_model(config.teacher, check.task.model_class_name, torch.float32, "teacher")
-        check_model(model, check.task, "teacher", identity.vocab_size, check.shards.manifest.sequence_tokens)
+        model = load_model(config.teacher, MODEL_CLASSES[check.task.kind], torch.float32, "teacher")
+        check_model(model, check.task, "teacher", identity.vocab_size, check.shards.manifest)
         layers = isinstance(section, HiddenSection) and bool(section.layers)
         model = move(cast(model, DTYPES[self.precision]), device)
-        self._teacher = OnlineTeacher(model, check.task.model_inputs, hidden_states=layers)
+        self._teacher = OnlineTeacher(model, check.task, hidden_states=layers)
         cache = CacheSection(codec=section, temperature=identity.temperature, seed=identity.seed)
         self._recorder = build_recorder(cache, check.folder.ranks(), self._teacher.head, identity.vocab_size)
 
     def ask(self, place: Place) -> Answer:
         """The whole micro-batch of the record is asked: the last digit of the teacher's numbers depends on it."""
         asked, at = self._asked(place)
-        answer = self._teacher.targets_for(asked.batch, asked.batch.label_rows)
+        answer = self._teacher.states_for(asked.batch, asked.batch.label_rows)
         selected = self._recorder.select(asked, answer)
         record, _ = self._recorder.encode(selected)[at]
         rows = answer.hidden.split(selected.lengths)[at]

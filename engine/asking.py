@@ -16,13 +16,14 @@ from engine.cache.recording import Asked, build_recorder
 from engine.cache.sidecar import Record, Sums
 from engine.config.cache import HiddenSection
 from engine.config.checks import check_cache
-from engine.config.resolve import DataFacts, read_deepspeed_json, resolve
+from engine.config.resolve import read_deepspeed_json, resolve
 from engine.config.run import RunConfig
 from engine.data.client import CLIENT
 from engine.data.collate import collate
 from engine.data.loader import reader_pool
 from engine.data.shards import ShardSet
 from engine.errors import DataError, StoreError
+from engine.models import MODEL_CLASSES
 from engine.parts import accelerator_of, check_model, shared_tokenizer
 from engine.schema import Sample
 from engine.tasks.task import Task, build_task
@@ -55,21 +56,21 @@ class Asker:
             config,
             world_size=1,
             accelerator=accelerator_of(device),
-            data=DataFacts(manifest.num_samples, manifest.sequence_tokens, manifest.vocab_size, manifest.task),
+            data=manifest.facts,
             deepspeed_json=content,
             deepspeed_name=name,
         ).teacher_precision
         tokenizer = shared_tokenizer(config)
         self._task = build_task(config.task, tokenizer, manifest, self.shards.token_counts())
-        model = load_teacher(config.teacher, self._task.model_class_name)
-        check_model(model, self._task, "teacher", vocab_size(tokenizer), manifest.sequence_tokens)
+        model = load_teacher(config.teacher, MODEL_CLASSES[self._task.kind])
+        check_model(model, self._task, "teacher", vocab_size(tokenizer), manifest)
         count = f"{model.num_parameters():,}"
         self.described_precision = described_precision(config.teacher, self.precision)
         log.info("teacher: %s, %s parameters, %s", type(model).__name__, count, self.described_precision)
         codec = config.cache.codec
         keeps_layers = isinstance(codec, HiddenSection) and bool(codec.layers)
         place_alone(model, config.teacher, self.precision, device)
-        self.teacher = OnlineTeacher(model, self._task.model_inputs, hidden_states=keeps_layers)
+        self.teacher = OnlineTeacher(model, self._task, hidden_states=keeps_layers)
         check_layers(config, self.teacher.head, model.config)
         self._recorder = build_recorder(config.cache, ranks_of(self.shards), self.teacher.head, manifest.vocab_size)
         self.num_rounds = num_rounds(config.task)
@@ -91,7 +92,7 @@ class Asker:
                 if not reading:
                     break
                 asked = reading.popleft().result()
-                answer = self.teacher.targets_for(asked.batch, asked.batch.label_rows)
+                answer = self.teacher.states_for(asked.batch, asked.batch.label_rows)
                 encoding.append(encoder.submit(self._recorder.encode, self._recorder.select(asked, answer)))
                 if len(encoding) > _AHEAD:
                     yield encoding.popleft().result()

@@ -64,7 +64,7 @@ def build_trainer(
         source = place_teacher(parts, place, hidden_states=objective.needs_hidden_states)
     ahead = config.teacher.overlap and place.device.type == "cuda" and objective.needs_targets
     torch.manual_seed(config.run.seed + place.ranks.rank)  # dropout differs over the ranks
-    module = StudentWithObjective(parts.student.model, objective, parts.task.model_inputs)
+    module = StudentWithObjective(parts.student.model, objective, parts.task)
     engine = StudentEngine(module, run.deepspeed, config.optimizer, head_loss=objective.head_loss, head=module.head)
     state, num_bad = TrainState(), 0
     if checkpoint is not None:
@@ -167,7 +167,7 @@ def _live(parts: Parts, place: Place) -> Live | None:
     places = read_by_main(place.control, lambda: records_kept(cache, manifest), f"{cache.address}: its journal")
     section = parts.run.config.cache
     layers = getattr(section.codec, "layers", ())
-    teacher = OnlineTeacher(parts.teacher, parts.task.model_inputs, hidden_states=bool(layers))
+    teacher = OnlineTeacher(parts.teacher, parts.task, hidden_states=bool(layers))
     recorder = build_recorder(section, cache.ranks(), teacher.head, manifest.vocab_size)
     return Live(teacher, recorder, Journal(cache, manifest, places))
 

@@ -79,14 +79,14 @@ def _evaluate(
         control=place.control,
         device=place.device,
     )
-    module = StudentWithObjective(model, objective, parts.task.model_inputs).eval()
-    live = None if teacher is None else OnlineTeacher(teacher, parts.task.model_inputs, hidden_states=False)
+    module = StudentWithObjective(model, objective, parts.task).eval()
+    live = None if teacher is None else OnlineTeacher(teacher, parts.task, hidden_states=False)
     try:
         return evaluator.score(module, live or NoTeacher())
     finally:
-        module.tap.remove()
+        module.reader.release()
         if live is not None:
-            live.tap.remove()
+            live.reader.release()
 
 
 def _first_batch(shards: ShardSet, parts: Parts, place: Place) -> Batch:

@@ -7,23 +7,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForMaskedLM,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from engine.errors import CheckpointError
-from engine.models import DTYPES, cast
+from engine.models import DTYPES, MODEL_CLASSES, cast
 
 log = logging.getLogger("stillhouse")
 
 PREFIX = "model."
 """Where the student lies in the module that is trained; projections of the objective are left behind."""
-AUTO_CLASSES: dict[str, Any] = {"masked_lm": AutoModelForMaskedLM, "causal_lm": AutoModelForCausalLM}
+PIPELINES = {
+    "masked_lm": "fill-mask",
+    "causal_lm": "text-generation",
+    "token_classification": "token-classification",
+    "sequence_classification": "text-classification",
+    "question_answering": "question-answering",
+}
+AUTO_CLASSES: dict[str, Any] = {task: getattr(transformers, name) for task, name in MODEL_CLASSES.items()}
 
 
 def student_from_state(state: dict[str, Tensor], config_folder: Path, task: str) -> PreTrainedModel:
@@ -64,7 +66,8 @@ def export_student(
     again = AUTO_CLASSES[task].from_pretrained(folder, dtype=DTYPES[dtype]).eval()
     ids = torch.arange(8).unsqueeze(0) % model.config.vocab_size
     with torch.no_grad():
-        difference = (model(input_ids=ids).logits.float() - again(input_ids=ids).logits.float()).abs().max().item()
+        pairs = zip(_logits(model(input_ids=ids)), _logits(again(input_ids=ids)))
+        difference = max((ours - theirs).abs().max().item() for ours, theirs in pairs)
     if not difference <= 1e-5:
         raise CheckpointError(
             f"{folder}: read back, the exported model gives other logits (difference {difference:.3g})"
@@ -73,9 +76,14 @@ def export_student(
     return folder
 
 
+def _logits(output: Any) -> list[Tensor]:
+    """Of any task's model: question answering has two."""
+    return [output[name].float() for name in ("logits", "start_logits", "end_logits") if name in output]
+
+
 def model_card(name: str, task: str, teacher: str | None, loss_lines: list[str], figures: dict[str, str]) -> str:
     """A short README for the exported folder."""
-    pipeline = "fill-mask" if task == "masked_lm" else "text-generation"
+    pipeline = PIPELINES[task]
     origin = f"It was distilled from `{teacher}`." if teacher else "It was trained on labels alone."
     rows = "\n".join(f"| {key} | {value} |" for key, value in figures.items())
     terms = "\n".join(f"- {line}" for line in loss_lines)

@@ -18,7 +18,7 @@ from engine.config.terms import CrossEntropy, Ramp, Term
 from engine.dist import Control, Ranks
 from engine.errors import ConfigError, StillhouseError
 from engine.export import export_student, model_card, student_from_state
-from engine.models import load_model, move
+from engine.models import MODEL_CLASSES, load_model, move
 from engine.parts import Parts, Place, build_parts
 from engine.report import Results, results_table, write_report
 from engine.runfolder import read_config
@@ -105,7 +105,7 @@ def score_student(
         contenders.append(Contender("teacher", "teacher", teacher))
     if control is not None:
         section = StudentSection(model=control, attention=config.student.attention)
-        twin = load_model(section, parts.task.model_class_name, torch.float32, "evaluation.control")
+        twin = load_model(section, MODEL_CLASSES[parts.task.kind], torch.float32, "evaluation.control")
         contenders.append(Contender("control", "control", move(twin, device)))
     contenders.append(Contender("student", "student", move(student, device)))
     ranks = Ranks(0, 1, 0)
@@ -122,7 +122,7 @@ def _teacher(parts: Parts, device: torch.device) -> PreTrainedModel | None:
     if config.teacher.model is None:
         return None
     section = alone(config.teacher)
-    model = load_teacher(section, parts.task.model_class_name)
+    model = load_teacher(section, MODEL_CLASSES[parts.task.kind])
     place_alone(model, section, parts.run.teacher_precision, device)
     return model
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,17 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from engine.config.run import ModelSection
 from engine.errors import ConfigError
 
+log = logging.getLogger("stillhouse")
+
 transformers.utils.logging.disable_progress_bar()  # every rank would show one for every model it reads
+MODEL_CLASSES = {
+    "masked_lm": "AutoModelForMaskedLM",
+    "causal_lm": "AutoModelForCausalLM",
+    "token_classification": "AutoModelForTokenClassification",
+    "sequence_classification": "AutoModelForSequenceClassification",
+    "question_answering": "AutoModelForQuestionAnswering",
+}
+"""The transformers Auto class of each task's models"""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth")
 
@@ -37,15 +49,33 @@ def load_hf_config(
         raise ConfigError(f"{name}: no model config at {where!r}: {_first_line(problem)}") from problem
 
 
-def load_model(section: ModelSection, model_class: str, dtype: torch.dtype | str, name: str) -> PreTrainedModel:
+def set_labels(config: PreTrainedConfig, labels: Sequence[str]) -> None:
+    """Give a model the classes of the data; none for tasks that have none."""
+    if labels:
+        config.id2label = dict(enumerate(labels))
+        config.label2id = {label: index for index, label in enumerate(labels)}
+
+
+def load_model(
+    section: ModelSection,
+    model_class: str,
+    dtype: torch.dtype | str,
+    name: str,
+    *,
+    labels: Sequence[str] = (),
+    fresh_head: bool = False,
+) -> PreTrainedModel:
     """The pretrained model of ``section``, on the CPU, in evaluation mode. ``dtype`` ``auto``: as the files have it.
 
+    ``labels`` are set in its config. ``fresh_head`` draws the weights of a head, or a pooler before it, that the file
+    lacks or has for other labels.
     Raises ConfigError when there is no such model, when its weights are damaged, of another shape than its config
     says, or only in a pickle without ``allow_pickle``, or when the file lacks weights that the task's model needs.
     """
     assert section.model is not None
     remote_code = section.trust_remote_code
     config = load_hf_config(section.model, f"{name}.model", revision=section.revision, remote_code=remote_code)
+    set_labels(config, labels)
     _refuse_pickle(section, name)
     try:
         model, info = getattr(transformers, model_class).from_pretrained(
@@ -61,20 +91,27 @@ def load_model(section: ModelSection, model_class: str, dtype: torch.dtype | str
         )
     except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as problem:
         raise ConfigError(f"{name}.model: cannot load {section.model!r}: {_first_line(problem)}") from problem
-    if info["mismatched_keys"]:
-        weight, found, wanted = min(info["mismatched_keys"])
+    fresh = {key for key in model.state_dict() if _is_of_head(key, model)} if fresh_head else set()
+    if mismatched := sorted(each for each in info["mismatched_keys"] if each[0] not in fresh):
+        weight, found, wanted = mismatched[0]
         raise ConfigError(
-            f"{name}.model: cannot load {section.model!r}: {len(info['mismatched_keys'])} weights have another shape "
+            f"{name}.model: cannot load {section.model!r}: {len(mismatched)} weights have another shape "
             f"than its config.json says, first {weight}: {tuple(found)}, expected {tuple(wanted)}"
         )
-    if info["missing_keys"]:
-        missing = sorted(info["missing_keys"])
+    if missing := sorted(set(info["missing_keys"]) - fresh):
         raise ConfigError(
             f"{name}.model: {section.model!r} has no weights for {len(missing)} parameters of {type(model).__name__}, "
             f"first {missing[:3]}; it was not trained as a {model_class.removeprefix('AutoModelFor')} model"
         )
+    drawn = sorted(fresh & ({key for key, *_ in info["mismatched_keys"]} | set(info["missing_keys"])))
+    if drawn:
+        log.info("%s: fresh weights for %s", name, ", ".join(drawn))
     model.config.use_cache = False
     return model.eval()
+
+
+def _is_of_head(key: str, model: PreTrainedModel) -> bool:
+    return not key.startswith(f"{model.base_model_prefix}.") or ".pooler." in key
 
 
 def fresh_model(config: PreTrainedConfig, section: ModelSection, model_class: str, seed: int) -> PreTrainedModel:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,18 +14,20 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from engine.cache.folder import CacheFolder
 from engine.cache.journal import fold
-from engine.config.resolve import Accelerator, DataFacts, ResolvedRun, read_deepspeed_json, resolve
+from engine.config.resolve import Accelerator, ResolvedRun, read_deepspeed_json, resolve
 from engine.config.run import RunConfig, TeacherSection
 from engine.data.client import CLIENT
+from engine.data.manifest import Manifest
 from engine.data.shards import ShardSet
 from engine.dist import Control, Ranks
 from engine.errors import CacheError, ConfigError, DataError, StillhouseError
 from engine.losses.head import HeadTap, check_head, describe_head
-from engine.models import DTYPES
+from engine.models import DTYPES, MODEL_CLASSES
 from engine.schema import map_tensors
 from engine.sharing import read_by_main
 from engine.student.build import BuiltStudent, build_student
-from engine.tasks.packing_trial import check_packing, toy_inputs
+from engine.tasks.labelled_trial import check_few_classes
+from engine.tasks.packing_trial import check_packing, check_positions, toy_inputs
 from engine.tasks.task import Task, build_task
 from engine.tasks.tokenizer import compare_tokenizers, load_tokenizer, vocab_size
 from engine.teacher.fingerprint import fingerprint_teacher
@@ -84,7 +87,7 @@ def build_parts(config: RunConfig, place: Place) -> Parts:
         config,
         world_size=place.ranks.world_size,
         accelerator=accelerator_of(place.device),
-        data=DataFacts(manifest.num_samples, manifest.sequence_tokens, manifest.vocab_size, manifest.task),
+        data=manifest.facts,
         deepspeed_json=content,
         deepspeed_name=name,
     )
@@ -102,19 +105,21 @@ def build_parts(config: RunConfig, place: Place) -> Parts:
     tokenizer = shared_tokenizer(config)
     counts = read_by_main(place.control, shards.token_counts, "the counts of the tokens", DataError)
     task = build_task(config.task, tokenizer, manifest, counts)
+    model_class = MODEL_CLASSES[config.task.kind]
     asked = config.teacher.kind == "online" or config.teacher.on_missing == "ask"
     teacher = None
     if asked or config.student.init is not None:
-        teacher = _load_teacher(config.teacher, task.model_class_name, place.control)
+        teacher = _load_teacher(config.teacher, model_class, place.control)
+        _check_labels(teacher, manifest)
     cache = _cache(config, shards, place, run.teacher_precision, teacher) if config.teacher.kind == "cached" else None
-    student = build_student(config.student, task.model_class_name, config.run.seed, teacher)
+    student = build_student(config.student, model_class, config.run.seed, teacher, manifest.labels)
     if config.run.gradient_checkpointing:
         student.model.gradient_checkpointing_enable({"use_reentrant": False})
     if not asked:
         teacher = None
     for model, role in ((student.model, "student"), (teacher, "teacher")):
         if model is not None:
-            check_model(model, task, role, vocab_size(tokenizer), manifest.sequence_tokens)
+            check_model(model, task, role, vocab_size(tokenizer), manifest)
             log.info("%s: %s, %s parameters", role, type(model).__name__, f"{model.num_parameters():,}")
     if teacher is not None and config.teacher.placement == "replicated":
         place_alone(teacher, config.teacher, run.teacher_precision, place.device)
@@ -187,11 +192,28 @@ def shared_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def check_model(model: PreTrainedModel, task: Task, role: str, num_ids: int, sequence_tokens: int) -> None:
+def _check_labels(teacher: PreTrainedModel, manifest: Manifest) -> None:
+    known = tuple(str(label) for _, label in sorted((teacher.config.id2label or {}).items()))
+    if manifest.labels and known != manifest.labels:
+        raise ConfigError(
+            f"teacher.model tells {len(known)} labels apart ({_some(known)}), the data has {len(manifest.labels)} "
+            f"({_some(manifest.labels)}), in this order; fine-tune the teacher on shards with the same labels"
+        )
+
+
+def _some(labels: Sequence[str]) -> str:
+    return ", ".join(labels[:8]) + (", ..." if len(labels) > 8 else "")
+
+
+def check_model(model: PreTrainedModel, task: Task, role: str, num_ids: int, manifest: Manifest) -> None:
     """Raises ConfigError for a model whose packing, head or vocabulary does not do what the task needs."""
+    check_positions(model, manifest.sequence_tokens)
+    if not task.over_vocabulary:
+        check_few_classes(model, task, role, num_ids, len(manifest.labels))
+        return
     head = HeadTap(model)
     with head.removed():
-        check_packing(model, task, sequence_tokens=sequence_tokens)
+        check_packing(model, task)
     if head.module.weight.shape[0] < num_ids:
         raise ConfigError(
             f"{role}: its head has {head.module.weight.shape[0]:,} rows, fewer than the tokenizer's {num_ids:,} ids"

@@ -32,20 +32,20 @@ def place_teacher(parts: Parts, place: Place, *, hidden_states: bool) -> OnlineT
     model, section = parts.teacher, parts.run.config.teacher
     assert model is not None
     if section.placement == "replicated":
-        return OnlineTeacher(model, parts.task.model_inputs, hidden_states=hidden_states)
+        return OnlineTeacher(model, parts.task, hidden_states=hidden_states)
     dtype = DTYPES[parts.run.teacher_precision]
     before = _states(model, parts, torch.device("cpu"))
     keep_head_whole(model, place.device, dtype)
     if section.placement == "zero3":
         shard_teacher(model, dtype, offload=section.offload == "cpu")
-        teacher = OnlineTeacher(model, parts.task.model_inputs, hidden_states=hidden_states)
+        teacher = OnlineTeacher(model, parts.task, hidden_states=hidden_states)
     else:
         assert section.tp_size is not None
         group = _neighbours(section.tp_size, place, parts.run.config.cluster.timeout_seconds)
         cut_layers(model, group)
         move(cast(model, dtype), place.device)
-        teacher = GroupTeacher(model, parts.task.model_inputs, hidden_states=hidden_states, group=group)
-    _check_states(before, _states(model, parts, place.device, teacher.tap), dtype, section.placement, model)
+        teacher = GroupTeacher(model, parts.task, hidden_states=hidden_states, group=group)
+    _check_states(before, _states(model, parts, place.device, teacher.reader.tap), dtype, section.placement, model)
     log.info("teacher: %s over %d ranks", section.placement, section.tp_size or place.ranks.world_size)
     return teacher
 

@@ -16,7 +16,7 @@ from engine.data.shards import ShardSet
 from engine.errors import ConfigError, DataError
 from engine.losses.hidden import layer_pairs
 from engine.memory import VALUE_BYTES, StateBytes, activation_bytes, head_loss_bytes, student_state_bytes
-from engine.models import load_hf_config, shell
+from engine.models import MODEL_CLASSES, load_hf_config, shell
 from engine.remedies import teacher_changes, zero_changes
 from engine.student.build import student_config
 from engine.teacher.footprint import teacher_bytes
@@ -24,7 +24,6 @@ from engine.teacher.footprint import teacher_bytes
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
-MODEL_CLASSES = {"masked_lm": "AutoModelForMaskedLM", "causal_lm": "AutoModelForCausalLM"}
 RESERVE_BYTES = {"cuda": 2 * 10**9, "cpu": 10**9}
 """CUDA's context, NCCL, cuBLAS workspaces and what the allocator cannot reuse; the process itself on a CPU."""
 BATCH_BYTES_PER_TOKEN = 3 * 8 + 4 + 2 * 8

@@ -1,7 +1,7 @@
 """The types that travel between the parts. They hold data and no behaviour beyond moving it to a device.
 
 Shape legend, used in all docstrings and suffixes: B sequences, T positions, N selected positions, V vocabulary,
-K kept ids, H student hidden, G teacher hidden, L layers, D documents packed into one sequence.
+C classes, K kept ids, H student hidden, G teacher hidden, L layers, D documents packed into one sequence.
 """
 
 from __future__ import annotations
@@ -154,6 +154,16 @@ class DenseTargets:
 
 
 @dataclass(frozen=True)
+class LogitTargets:
+    """The teacher's own logits where there are few classes."""
+
+    logits: Tensor
+    """[N, C]: C classes, or T places of which one is to be found"""
+    hidden_states: tuple[Tensor, ...] = ()
+    """[B, T, G] for the embeddings (0) and each layer, when a term asks for them"""
+
+
+@dataclass(frozen=True)
 class CachedStates:
     """The teacher's states read from a cache: DenseTargets but for the head, which lies on the device already."""
 
@@ -193,4 +203,16 @@ class SparseTargets:
     """the weights of a row sum to 1 only in the mean"""
 
 
-Targets = DenseTargets | SparseTargets
+Targets = DenseTargets | LogitTargets | SparseTargets
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a model's forward gives the terms."""
+
+    head_input: Tensor | None = None
+    """[B, T, H] states that go into the vocabulary head, for tasks over the vocabulary"""
+    logits: Tensor | None = None
+    """[N, C] where there are few classes: at the rows with a label"""
+    hidden_states: tuple[Tensor, ...] = ()
+    """[B, T, H] for the embeddings (0) and each layer, when a term asks for them"""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from engine.config.run import RunConfig, ScheduleSection, TaskSection, TeacherSection
-from engine.config.terms import Ramp, Term
+from engine.config.terms import LogitTerm, Ramp, Term
 from engine.errors import ConfigError
 
 LABEL_TERMS = frozenset({"cross_entropy"})
@@ -31,6 +31,7 @@ def check_run(config: RunConfig, num_steps: int) -> None:
         _schedule(config, num_steps),
         _evaluation(config),
         _masking(config),
+        _few_classes(config),
     )
     if found := [problem for check in checks for problem in check]:
         raise ConfigError("\n".join(found))
@@ -155,6 +156,25 @@ def _masking(config: RunConfig) -> Iterator[str]:
     for name in _changed(config.task):
         if name.startswith("mask_"):
             yield f"task.{name} has no effect with task.kind: {config.task.kind}"
+
+
+def _few_classes(config: RunConfig) -> Iterator[str]:
+    """What tasks with labels of their own cannot do, or not yet."""
+    task, teacher = config.task.kind, config.teacher
+    if task in ("masked_lm", "causal_lm"):
+        return
+    if teacher.kind == "cached":
+        yield f"teacher.kind: cached keeps answers over the vocabulary, not those of {task}; use teacher.kind: online"
+    if teacher.placement != "replicated" or teacher.offload != "none":
+        yield (
+            f"{task} needs teacher.placement: replicated and teacher.offload: none, found {teacher.placement} and "
+            f"{teacher.offload}"
+        )
+    for i, term in enumerate(config.losses):
+        if isinstance(term, LogitTerm) and term.restrict_to == "all":
+            yield f"losses.{i}.restrict_to: all is for tasks over the vocabulary; {task} has logits where it has labels"
+        if term.kind == "logits_mse" and task == "question_answering":
+            yield f"losses.{i}: logits_mse compares classes, and those of question_answering are the places of a text"
 
 
 def _changed(section: TaskSection | ScheduleSection) -> list[str]:

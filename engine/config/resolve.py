@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from engine.config.checks import check_run
+from engine.config.checks import LABEL_TERMS, check_run
 from engine.config.deepspeed import Owned, check_names, fill, read_deepspeed_json, zero_stage
 from engine.config.run import BatchSection, RunConfig
 from engine.errors import ConfigError
@@ -37,6 +37,7 @@ class DataFacts:
     sequence_tokens: int
     vocab_size: int
     task: str
+    has_labels: bool = True
 
 
 @dataclass(frozen=True)
@@ -137,6 +138,12 @@ def _check_data(config: RunConfig, world_size: int, data: DataFacts) -> None:
         )
     if data.task != config.task.kind:
         raise ConfigError(f"{config.data.manifest} was built for {data.task}, but task.kind is {config.task.kind}")
+    label_terms = [f"losses.{i}" for i, term in enumerate(config.losses) if term.kind in LABEL_TERMS]
+    if label_terms and not data.has_labels:
+        raise ConfigError(
+            f"{config.data.manifest} has no labels, but {', '.join(label_terms)} (cross_entropy) learns from them; "
+            "remove that term, or give data with labels"
+        )
 
 
 def _check_tensor_parallel(tp_size: int | None, world_size: int) -> None:

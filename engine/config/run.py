@@ -44,8 +44,9 @@ class RunSection(Section):
 class TaskSection(Section):
     """What is learned, and for masked language models how tokens are masked."""
 
-    kind: Literal["masked_lm", "causal_lm"]
-    """`masked_lm` for encoders with an MLM head, `causal_lm` for decoders."""
+    kind: Literal["masked_lm", "causal_lm", "token_classification", "sequence_classification", "question_answering"]
+    """`masked_lm` for encoders with an MLM head, `causal_lm` for decoders; `token_classification` labels each word,
+    `sequence_classification` a text or a pair of texts, `question_answering` finds the answer in a context."""
     tokenizer: str | None = None
     """Tokenizer folder or hub id. Default: the teacher's, else the student's."""
     mask_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.15

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from engine.config.resolve import DataFacts
 from engine.data.atomic import write_atomically
 from engine.data.record import encode_array
 from engine.errors import DataError
@@ -73,6 +74,11 @@ class Manifest:
     def is_annotated(self) -> bool:
         """Whether its samples have an Annotation."""
         return self.task in ANNOTATED_TASKS
+
+    @property
+    def facts(self) -> DataFacts:
+        """What a run's settings are checked against."""
+        return DataFacts(self.num_samples, self.sequence_tokens, self.vocab_size, self.task, self.has_labels)
 
     @property
     def num_samples(self) -> int:

@@ -132,7 +132,7 @@ class ShardSet:
         """[num_samples] tokens of each sample of shard number ``shard``. Raises DataError where the index has none."""
         entry = self.manifest.shards[shard]
         index = self._opened.get(shard, lambda: self._open(entry)).index
-        if "num_tokens" not in index.dtype.names:
+        if "num_tokens" not in (index.dtype.names or ()):
             raise DataError(
                 f"{self.address_of(entry.index)}: an older index, without the samples' lengths, which "
                 "data.sort_samples needs; build the shards again, or set data.sort_samples: 0"

@@ -86,7 +86,7 @@ class _FusedHead(torch.autograd.Function):
             teacher = _rows(inputs.targets, rows) if isinstance(inputs.targets, SparseTargets) else None
             if dense is not None and teacher_buffer is not None:
                 teacher = head_logits(dense.hidden[rows], dense.head, num_ids, out=teacher_buffer[: h.shape[0]])
-            _logits_to_gradient(logits, teacher, inputs.labels[rows], head, inputs, raw, metrics, scratch)
+            logits_to_gradient(logits, teacher, inputs.labels[rows], head, inputs, raw, metrics, scratch)
             if d_hidden is None:
                 continue
             if d_bias is not None:
@@ -136,17 +136,20 @@ def _rows(teacher: Teacher, rows: slice) -> Teacher:
     return None if teacher is None else teacher[rows]
 
 
-def _logits_to_gradient(
+def logits_to_gradient(
     logits: Tensor,
     teacher: Teacher,
     labels: Tensor,
-    head: Head,
+    head: Head | None,
     inputs: FusedInputs,
     raw: Tensor,
     metrics: Tensor,
     scratch: Scratch,
 ) -> None:
-    """Replace ``logits`` by the gradient of the weighted sum, add to ``raw`` and ``metrics``. All are overwritten."""
+    """Replace ``logits`` by the gradient of the weighted sum, add to ``raw`` and ``metrics``. All are overwritten.
+
+    Without a ``head`` the gradient is that of the logits themselves.
+    """
     for start in range(0, logits.shape[0], scratch.max_rows):
         rows = slice(start, start + scratch.max_rows)
         z = logits[rows]
@@ -157,8 +160,8 @@ def _logits_to_gradient(
             metrics += block.metrics()
         if gradient is None:
             continue
-        if head.softcap is not None:
+        if head is not None and head.softcap is not None:
             gradient.mul_(z.div(head.softcap).square_().neg_().add_(1.0))
-        if head.scale != 1.0:
+        if head is not None and head.scale != 1.0:
             gradient.mul_(head.scale)
         z.copy_(gradient)

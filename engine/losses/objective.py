@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from engine.config.terms import AnyTerm, CrossEntropy, HiddenTerm, LogitTerm, Ramp, Scheduled
 from engine.errors import ConfigError
 from engine.losses.block import METRICS, LogitLoss
+from engine.losses.few import few_classes_loss
 from engine.losses.fused import FusedInputs, fused_head_loss
 from engine.losses.hidden import HIDDEN_LOSSES, layer_pairs, select_rows
 from engine.schedule import between
-from engine.schema import Batch, DenseTargets, Head, Targets
+from engine.schema import Answer, Batch, Head, SparseTargets, Targets
 
 
 @dataclass(frozen=True)
@@ -105,19 +106,13 @@ class Objective(nn.Module):
         return float(value)
 
     def forward(
-        self,
-        head_input: Tensor,
-        hidden_states: tuple[Tensor, ...],
-        head: Head,
-        batch: Batch,
-        targets: Targets | None,
-        context: StepContext,
+        self, answer: Answer, head: Head | None, batch: Batch, targets: Targets | None, context: StepContext
     ) -> tuple[Tensor, Tensor]:
         """The micro-batch's part of the step's loss, and its metric sums.
 
         Args:
-            head_input: [B, T, H] states that go into the student's head.
-            hidden_states: the student's, [B, T, H] each, when a hidden term asks for them.
+            answer: the student's.
+            head: the student's, for a task over the vocabulary.
 
         Returns:
             Scalar fp32 loss; [len(metric_names)] fp32 sums without gradient.
@@ -135,7 +130,11 @@ class Objective(nn.Module):
             with_metrics=context.with_metrics,
             with_gradient=torch.is_grad_enabled() and bool(losses),
         )
-        total, logit_raw, metrics = self.head_loss(select_rows(head_input, rows), head, inputs)
+        if answer.head_input is not None:
+            total, logit_raw, metrics = self.head_loss(select_rows(answer.head_input, rows), head, inputs)
+        else:
+            assert answer.logits is not None
+            total, logit_raw, metrics = few_classes_loss(answer.logits, inputs)
         loss = total / num_labels
         raw = list(torch.unbind(logit_raw))
         for i, pairs in self.pairs.items():
@@ -144,10 +143,10 @@ class Objective(nn.Module):
                 continue
             term = self.terms[i]
             assert isinstance(term, HiddenTerm)
-            assert isinstance(targets, DenseTargets), "other targets are refused before the run begins"
+            assert not isinstance(targets, SparseTargets), "they are refused before the run begins"
             everywhere = term.restrict_to == "all"
             term_rows = batch.token_rows if everywhere else batch.label_rows
-            value = self._hidden_value(i, term.kind, pairs, hidden_states, targets.hidden_states, term_rows)
+            value = self._hidden_value(i, term.kind, pairs, answer.hidden_states, targets.hidden_states, term_rows)
             over = num_tokens if everywhere else num_labels
             loss = loss + value * (self.weight(i, context.step) / over)
             raw.insert(i, value.detach())

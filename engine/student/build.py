@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +11,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from engine.config.run import StudentSection
 from engine.errors import ConfigError
-from engine.models import fresh_model, layer_stack, load_hf_config, load_model
+from engine.models import MODEL_CLASSES, fresh_model, layer_stack, load_hf_config, load_model, set_labels
 
 NO_TEACHER = "student.init: teacher_layers needs a teacher with weights; set teacher.kind: online and teacher.model"
 Origin = tuple[str, str]
@@ -24,22 +25,28 @@ class BuiltStudent:
 
 
 def build_student(
-    section: StudentSection, model_class: str, seed: int, teacher: PreTrainedModel | None
+    section: StudentSection, model_class: str, seed: int, teacher: PreTrainedModel | None, labels: Sequence[str] = ()
 ) -> BuiltStudent:
-    """The student in fp32 on the CPU, in training mode.
+    """The student in fp32 on the CPU, in training mode. ``labels`` are the classes of the data, for tasks that have
+    some; a pretrained student then gets a fresh head where it has none for them.
 
     Raises ConfigError when the model cannot be had, or a layer index is out of the teacher's range.
     """
     if section.model is not None:
-        model = load_model(section, model_class, torch.float32, "student").train()
+        torch.manual_seed(seed)
+        fresh_head = model_class not in (MODEL_CLASSES["masked_lm"], MODEL_CLASSES["causal_lm"])
+        model = load_model(section, model_class, torch.float32, "student", labels=labels, fresh_head=fresh_head).train()
         return BuiltStudent(model, (("all", section.model),))
     if section.config is not None:
         config = student_config(section, None)
+        set_labels(config, labels)
         return BuiltStudent(fresh_model(config, section, model_class, seed), (("all", f"drawn from seed {seed}"),))
     if teacher is None:
         raise ConfigError(NO_TEACHER)
     layers = chosen_layers(section.layers, teacher.config.num_hidden_layers)
-    student = fresh_model(student_config(section, teacher.config), section, model_class, seed)
+    config = student_config(section, teacher.config)
+    set_labels(config, labels)
+    student = fresh_model(config, section, model_class, seed)
     return BuiltStudent(student, tuple(copy_layers(student, teacher, layers)))
 
 

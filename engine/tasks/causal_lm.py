@@ -12,6 +12,7 @@ from engine.schema import IGNORE, Batch, Sample
 from engine.tasks.packing import causal_inputs
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedModel
 
 
@@ -19,7 +20,7 @@ class CausalLM:
     """Labels are the next token of the same document; the last position of a document has none."""
 
     kind = "causal_lm"
-    model_class_name = "AutoModelForCausalLM"
+    over_vocabulary = True
 
     def label(self, samples: Sequence[Sample], rounds: Sequence[int]) -> Labelled:
         token_ids = np.concatenate([sample.token_ids for sample in samples])
@@ -31,3 +32,6 @@ class CausalLM:
 
     def model_inputs(self, batch: Batch, model: PreTrainedModel) -> dict[str, Any]:
         return causal_inputs(batch)
+
+    def logits(self, output: Any, batch: Batch) -> Tensor:
+        raise AssertionError("the fused head forms them")

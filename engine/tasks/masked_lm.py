@@ -15,6 +15,7 @@ from engine.schema import Batch, Sample
 from engine.tasks.packing import encoder_inputs
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
@@ -22,7 +23,7 @@ class MaskedLM:
     """Masks as ``config`` says; special tokens are never masked. Raises ConfigError for a tokenizer without a mask."""
 
     kind = "masked_lm"
-    model_class_name = "AutoModelForMaskedLM"
+    over_vocabulary = True
 
     def __init__(self, config: TaskSection, tokenizer: PreTrainedTokenizerBase, token_counts: np.ndarray) -> None:
         if tokenizer.mask_token_id is None:
@@ -57,3 +58,6 @@ class MaskedLM:
 
     def model_inputs(self, batch: Batch, model: PreTrainedModel) -> dict[str, Any]:
         return encoder_inputs(batch, model)
+
+    def logits(self, output: Any, batch: Batch) -> Tensor:
+        raise AssertionError("the fused head forms them")

@@ -26,13 +26,12 @@ _REMEDY = (
 )
 
 
-def check_packing(model: PreTrainedModel, task: Task, *, sequence_tokens: int) -> None:
+def check_packing(model: PreTrainedModel, task: Task) -> None:
     """Three forward passes of a toy batch, before the model is wrapped for training.
 
-    Raises ConfigError when the last hidden states of a document change with the tokens of the one packed before it,
-    when they differ from those of the document alone, or when ``sequence_tokens`` exceed the model's position table.
+    Raises ConfigError when the last hidden states of a document change with the tokens of the one packed before it, or
+    when they differ from those of the document alone.
     """
-    _check_positions(model, sequence_tokens)
     ids = _toy_ids(model)
     first, other, second = ids[:_FIRST_TOKENS], ids[_FIRST_TOKENS : 2 * _FIRST_TOKENS], ids[2 * _FIRST_TOKENS :]
     was_training = model.training
@@ -60,7 +59,8 @@ def toy_inputs(model: PreTrainedModel, task: Task) -> dict[str, Any]:
     return task.model_inputs(_toy_batch([_toy_ids(model)[:_FIRST_TOKENS]]).to(model.device), model)
 
 
-def _check_positions(model: PreTrainedModel, sequence_tokens: int) -> None:
+def check_positions(model: PreTrainedModel, sequence_tokens: int) -> None:
+    """Raises ConfigError when ``sequence_tokens`` exceed the model's position table."""
     table = position_table(model)
     if table is None:
         return

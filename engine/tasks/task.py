@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
@@ -11,33 +11,30 @@ from engine.config.run import TaskSection
 from engine.data.collate import Labelled
 from engine.data.manifest import TOKEN_COUNTS, Manifest
 from engine.errors import DataError
-from engine.schema import Batch, Sample
+from engine.losses.reading import Reads
+from engine.schema import Sample
 from engine.tasks.causal_lm import CausalLM
 from engine.tasks.masked_lm import MaskedLM
+from engine.tasks.question_answering import QuestionAnswering
+from engine.tasks.sequence_classification import SequenceClassification
+from engine.tasks.token_classification import TokenClassification
 from engine.tasks.tokenizer import fingerprint, vocab_size
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
 
-class Task(Protocol):
-    """What is learned: how a sample is labelled, and how a model of the task is called."""
+class Task(Reads, Protocol):
+    """What is learned: how a sample is labelled, and how a model of the task is called and read."""
 
     @property
     def kind(self) -> str: ...
 
-    @property
-    def model_class_name(self) -> str:
-        """the transformers Auto class of its models"""
-
     def label(self, samples: Sequence[Sample], rounds: Sequence[int]) -> Labelled:
-        """input_ids [N] and labels [N] (the token to predict at each position, or IGNORE) of samples laid end to end.
+        """input_ids [N] and labels [N] (what to predict at each position, or IGNORE) of samples laid end to end.
 
         ``rounds`` say how often each sample was met before. A sample's labels do not depend on the others.
         """
-
-    def model_inputs(self, batch: Batch, model: PreTrainedModel) -> dict[str, Any]:
-        """Keyword arguments for ``model``, such that packed documents do not see each other."""
 
 
 def build_task(
@@ -63,4 +60,9 @@ def build_task(
             )
     if config.kind == "masked_lm":
         return MaskedLM(config, tokenizer, token_counts)
-    return CausalLM()
+    return _OTHERS[config.kind]()
+
+
+_OTHERS: dict[str, Callable[[], Task]] = {
+    task.kind: task for task in (CausalLM, TokenClassification, SequenceClassification, QuestionAnswering)
+}

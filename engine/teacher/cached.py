@@ -187,7 +187,7 @@ class CachedTargets:
         batch = batch.to(self._device)
         rounds = [record.round_number if isinstance(record, Lacking) else 0 for record in question.records]
         asked = Asked(question.samples, rounds, question.labelled, batch)
-        answer = self._live.teacher.targets_for(batch, batch.label_rows)
+        answer = self._live.teacher.states_for(batch, batch.label_rows)
         made = self._live.recorder.encode(self._live.recorder.select(asked, answer))
         records: list[Record | None] = []
         for known, (record, sums) in zip(question.records, made):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from engine.errors import ConfigError
-from engine.schema import Batch, DenseTargets
+from engine.losses.reading import Reads
+from engine.schema import Batch, DenseTargets, LogitTargets
 from engine.teacher.online import OnlineTeacher
 
 COLWISE, ROWWISE = "colwise", "rowwise"
@@ -117,26 +118,24 @@ class GroupTeacher(OnlineTeacher):
     def __init__(
         self,
         model: PreTrainedModel,
-        model_inputs: Callable[[Batch, Any], dict[str, Any]],
+        task: Reads,
         *,
         hidden_states: bool,
         group: dist.ProcessGroup,
     ) -> None:
-        super().__init__(model, model_inputs, hidden_states=hidden_states)
+        super().__init__(model, task, hidden_states=hidden_states)
         self._group = group
 
     @torch.inference_mode()
-    def targets_for(self, batch: Batch, rows: Tensor) -> DenseTargets:
+    def targets_for(self, batch: Batch, rows: Tensor) -> DenseTargets | LogitTargets:
         own = dist.get_rank(self._group)
-        answer = None
+        targets = None
         for number, other in enumerate(self._exchanged(batch)):
+            answer = self.reader.read(other)
             if number == own:
-                answer = self._ask(other, rows)
-            else:
-                self._run(other)
-                self.tap.take()
-        assert answer is not None
-        return answer
+                targets = self._targets(answer, rows)
+        assert targets is not None
+        return targets
 
     def _exchanged(self, batch: Batch) -> list[Batch]:
         """The inputs of each rank of the group. Whether one is packed is not asked, which would make the host wait."""

@@ -34,9 +34,10 @@ class StudentEngine:
         config: dict[str, Any],
         optimizer: OptimizerSection,
         head_loss: nn.Module,
-        head: Head,
+        head: Head | None,
     ) -> None:
-        """``head_loss`` uses the weights of ``head``, which belong to another module: ZeRO-3 must gather them there."""
+        """``head_loss`` uses the weights of ``head``, which belong to another module: ZeRO-3 must gather them there.
+        A task of few classes has no such head."""
         groups = _parameter_groups(module, optimizer.weight_decay)
         own = None
         if "optimizer" not in config:
@@ -54,7 +55,7 @@ class StudentEngine:
         self._engine._copy_recovery_script = lambda folder: None
         self.zero_stage: int = self._engine.zero_optimization_stage()
         self._world_size = self._engine.world_size
-        if self.zero_stage == 3:
+        if self.zero_stage == 3 and head is not None:
             for parameter in [tensor for tensor in (head.weight, head.bias) if tensor is not None]:
                 deepspeed.zero.register_external_parameter(head_loss, parameter)
 

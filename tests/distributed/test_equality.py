@@ -14,7 +14,7 @@ from engine.config.load import parse_config
 from engine.data.loader import Loader
 from engine.data.order import DataOrder
 from engine.data.shards import ShardSet
-from engine.models import load_model
+from engine.models import MODEL_CLASSES, load_model
 from engine.schedule import learning_rate_factor
 from engine.student.build import build_student
 from engine.tasks.task import build_task
@@ -47,8 +47,8 @@ def plain(root: Path) -> dict[str, torch.Tensor]:
     config = parse_config(settings(root, "plain"))
     shards = ShardSet.open(config.data.manifest)
     task = build_task(config.task, tiny.tokenizer(), shards.manifest, shards.token_counts())
-    teacher = load_model(config.teacher, task.model_class_name, torch.float32, "teacher")
-    student = build_student(config.student, task.model_class_name, config.run.seed, teacher).model.train()
+    teacher = load_model(config.teacher, MODEL_CLASSES[task.kind], torch.float32, "teacher")
+    student = build_student(config.student, MODEL_CLASSES[task.kind], config.run.seed, teacher).model.train()
     order = DataOrder(shards.manifest.samples_per_shard, seed=3, lanes=4, shuffle_samples=8)
     loader = Loader(shards, order, task.label, num_steps=STEPS, global_sequences=8, micro_sequences=8)
     section = config.optimizer

@@ -134,7 +134,7 @@ def test_targets_stay_with_their_samples(root: Path, task: str, change: str, wor
     source = CachedTargets(parts.cache, parts.shards.manifest, "bucket", CPU)
     online = parts_of(tiny.run_config(root, task))
     assert online.teacher is not None
-    teacher = OnlineTeacher(online.teacher, parts.task.model_inputs, hidden_states=False)
+    teacher = OnlineTeacher(online.teacher, parts.task, hidden_states=False)
     data, run = parts.run.config.data, parts.run
     order = DataOrder(parts.shards.manifest.samples_per_shard, seed=run.config.run.seed, lanes=data.lanes,
                       shuffle_samples=data.shuffle_samples)  # fmt: skip
@@ -178,7 +178,7 @@ def test_kept_ids_and_draws_are_the_teachers(root: Path, task: str) -> None:
     """Recomputed from the teacher's logits, position by position."""
     teacher_parts = parts_of(tiny.run_config(root, task) | {"task": cached_run(root, task)["task"]})
     assert teacher_parts.teacher is not None
-    teacher = OnlineTeacher(teacher_parts.teacher, teacher_parts.task.model_inputs, hidden_states=False)
+    teacher = OnlineTeacher(teacher_parts.teacher, teacher_parts.task, hidden_states=False)
     for codec in ("sampled", "top_k", "top_p"):
         parts = parts_of(cached_run(root, task, codec))
         assert parts.cache is not None

@@ -18,7 +18,7 @@ from engine.data.collate import collate
 from engine.errors import ConfigError
 from engine.losses.hidden import layer_pairs
 from engine.losses.objective import Objective, Shape, StepContext
-from engine.schema import IGNORE, Batch, DenseTargets, Head, Sample
+from engine.schema import IGNORE, Answer, Batch, DenseTargets, Head, Sample
 from tests import references
 
 IDS, WIDTH, TEACHER_WIDTH, LAYERS, TEACHER_LAYERS = 50, 12, 20, 2, 4
@@ -84,7 +84,7 @@ def run(objective: Objective, model: Model, sequences: Sequence[int], context: S
     batch = make_batch(sequences)
     states = model.states(sequences)
     targets = model.targets(sequences, objective.rows(batch))
-    return objective(states[-1], states, model.head, batch, targets, context)
+    return objective(Answer(states[-1], hidden_states=states), model.head, batch, targets, context)
 
 
 def whole(step: int = 0) -> StepContext:
@@ -200,7 +200,9 @@ def test_hidden_terms_alone_need_no_logits() -> None:
     objective, model = make_objective({"kind": "hidden_mse"}, teacher_width=WIDTH), Model(WIDTH)
     batch, states = make_batch((0, 1)), model.states((0, 1))
     targets = model.targets((0, 1), objective.rows(batch))
-    loss, _ = objective(states[-1], states, model.head, batch, targets, StepContext(0, 3, batch.num_tokens))
+    loss, _ = objective(
+        Answer(states[-1], hidden_states=states), model.head, batch, targets, StepContext(0, 3, batch.num_tokens)
+    )
     loss.backward()
     expected = torch.zeros(2 * 8, WIDTH)
     rows = batch.token_rows
@@ -219,7 +221,7 @@ def test_a_micro_batch_of_padding_gives_zero_and_zero_gradients() -> None:
     nothing = dict.fromkeys(("label_rows", "token_rows"), empty)
     batch = replace(batch, labels=torch.full_like(batch.labels, IGNORE), **nothing)
     targets = model.targets((0, 1), empty)
-    loss, metrics = objective(states[-1], states, model.head, batch, targets, whole())
+    loss, metrics = objective(Answer(states[-1], hidden_states=states), model.head, batch, targets, whole())
     loss.backward()
     assert loss == 0.0
     assert (metrics == 0.0).all()

@@ -18,11 +18,12 @@ from engine.config.run import TaskSection
 from engine.data.collate import Labelled, collate
 from engine.data.manifest import Manifest
 from engine.errors import ConfigError, DataError
+from engine.models import MODEL_CLASSES
 from engine.schema import IGNORE, Batch, Sample
 from engine.tasks.causal_lm import CausalLM
 from engine.tasks.masked_lm import MaskedLM
 from engine.tasks.packing import encoder_inputs
-from engine.tasks.packing_trial import check_packing
+from engine.tasks.packing_trial import check_packing, check_positions
 from engine.tasks.task import Task, build_task
 from engine.tasks.tokenizer import fingerprint
 
@@ -181,20 +182,20 @@ def test_attention_that_takes_no_mask_is_refused() -> None:
 @pytest.mark.parametrize(("model_type", "attention"), PAIRS)
 def test_trial_passes_models_that_keep_documents_apart(model_type: str, attention: str) -> None:
     model = make_model(model_type, attention).train()
-    check_packing(model, task_of(model_type), sequence_tokens=SEQUENCE_TOKENS)
+    check_packing(model, task_of(model_type))
     assert model.training
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("model_type", ["bert", "modernbert", "llama", "mistral"])
 def test_trial_passes_half_precision(model_type: str, dtype: torch.dtype) -> None:
-    check_packing(make_model(model_type, "sdpa").to(dtype), task_of(model_type), sequence_tokens=SEQUENCE_TOKENS)
+    check_packing(make_model(model_type, "sdpa").to(dtype), task_of(model_type))
 
 
 class Careless:
     """A task that leaves out what keeps documents apart."""
 
-    kind, model_class_name = "careless", ""
+    kind, over_vocabulary = "careless", True
 
     def __init__(self, left_out: str) -> None:
         self._left_out = left_out
@@ -226,7 +227,7 @@ class Careless:
 def test_trial_refuses_what_mixes_documents(model_type: str, left_out: str, message: str, half: bool) -> None:
     model = make_model(model_type, "sdpa").to(torch.bfloat16 if half else torch.float32)
     with pytest.raises(ConfigError, match=message):
-        check_packing(model, Careless(left_out), sequence_tokens=SEQUENCE_TOKENS)
+        check_packing(model, Careless(left_out))
 
 
 UNFIT = {
@@ -241,7 +242,7 @@ def test_trial_refuses_architectures_that_mix_documents(model_type: str) -> None
     sizes = {"vocab_size": NUM_IDS, "hidden_size": 32, "num_attention_heads": 4, **UNFIT[model_type]}
     model = make_model(model_type, "eager", sizes)
     with pytest.raises(ConfigError, match=r"see each other.*choose another model"):
-        check_packing(model, make_task("causal_lm"), sequence_tokens=SEQUENCE_TOKENS)
+        check_packing(model, make_task("causal_lm"))
 
 
 def test_trial_refuses_a_failing_model_with_its_reason() -> None:
@@ -249,15 +250,15 @@ def test_trial_refuses_a_failing_model_with_its_reason() -> None:
     config = transformers.DebertaV2Config(**sizes)
     model = transformers.DebertaV2ForMaskedLM(config)
     with pytest.raises(ConfigError, match="DebertaV2ForMaskedLM"):
-        check_packing(model, make_task("masked_lm"), sequence_tokens=SEQUENCE_TOKENS)
+        check_packing(model, make_task("masked_lm"))
 
 
 @pytest.mark.parametrize(("model_type", "positions"), [("bert", 66), ("roberta", 64), ("gpt2", 64)])
 def test_trial_refuses_sequences_longer_than_the_position_table(model_type: str, positions: int) -> None:
-    model, task = make_model(model_type, "eager"), task_of(model_type)
-    check_packing(model, task, sequence_tokens=positions)
+    model = make_model(model_type, "eager")
+    check_positions(model, positions)
     with pytest.raises(ConfigError, match=f"has {positions} positions.*{positions + 1} tokens"):
-        check_packing(model, task, sequence_tokens=positions + 1)
+        check_positions(model, positions + 1)
 
 
 def test_causal_labels_are_the_next_token_of_the_same_document() -> None:
@@ -300,7 +301,7 @@ def test_kinds_and_model_classes() -> None:
         task = make_task(kind)
         assert isinstance(task, task_class)
         assert task.kind == kind
-        assert hasattr(transformers, task.model_class_name)
+        assert hasattr(transformers, MODEL_CLASSES[task.kind])
 
 
 @pytest.mark.parametrize(

@@ -101,10 +101,16 @@ def batch() -> Batch:
 
 
 def asked(model: transformers.PreTrainedModel, task: str) -> list[torch.Tensor]:
-    inputs = (lambda batch, model: {"input_ids": batch.input_ids}) if task == "masked_lm" else (
-        lambda batch, model: {"input_ids": batch.input_ids, "use_cache": False}
-    )  # fmt: skip
-    answer = OnlineTeacher(model, inputs, hidden_states=True).targets_for(batch(), torch.arange(32))
+    class Plain:
+        over_vocabulary = True
+
+        def model_inputs(self, batch: Batch, model: transformers.PreTrainedModel) -> dict[str, Any]:
+            return {"input_ids": batch.input_ids} | ({} if task == "masked_lm" else {"use_cache": False})
+
+        def logits(self, output: Any, batch: Batch) -> torch.Tensor:
+            raise AssertionError
+
+    answer = OnlineTeacher(model, Plain(), hidden_states=True).states_for(batch(), torch.arange(32))
     logits = answer.hidden @ answer.head.weight.t().to(answer.hidden.dtype)
     return [answer.hidden, logits, *answer.hidden_states]
 
