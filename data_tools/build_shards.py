@@ -22,16 +22,16 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from data_tools.dealing import Share, deal, is_own, parse_share
+from data_tools.labelled_shards import build_labelled
 from data_tools.packing import Packer, framing_of
 from data_tools.parts import PartFolder, Parts, remove_parts
 from data_tools.pieces import Kind, Place, Tokenised
 from data_tools.readers import find_inputs, read_documents
 from data_tools.shard_folder import clear, refuse_other_settings
-from data_tools.shard_stream import START, Stream, size_and_time, stamped, wanted_manifest
+from data_tools.shard_stream import HELDOUT, START, Stream, is_heldout, size_and_time, stamped, wanted_manifest
 from data_tools.sizes import byte_count, show_bytes
 from data_tools.tokenizing import TokenizerSpec, encode_in_order
-from engine.data.manifest import MANIFEST, Manifest
-from engine.data.stateless import fold
+from engine.data.manifest import ANNOTATED_TASKS, MANIFEST, Manifest
 from engine.errors import DataError
 from engine.log import Progress, run_main
 from engine.tasks.tokenizer import load_tokenizer
@@ -39,7 +39,7 @@ from engine.tasks.tokenizer import load_tokenizer
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-HELDOUT = "heldout"
+TASKS = ("masked_lm", "causal_lm", *sorted(ANNOTATED_TASKS))
 _SHOW_EVERY = 256
 _Tag = tuple[Place, Kind]
 
@@ -54,8 +54,10 @@ def main(argv: list[str] | None = None) -> int:
 
 def build(options: argparse.Namespace) -> int:
     """Read, tokenise, pack and write, or one half of it. Raises ConfigError and DataError."""
-    inputs = find_inputs(options.input)
+    inputs = find_inputs(options.input, any_ending=options.task in ("token_classification", "question_answering"))
     tokenizer = load_tokenizer(options.tokenizer)
+    if options.task in ANNOTATED_TASKS:
+        return build_labelled(inputs, tokenizer, options)
     if options.part:
         return _build_part(inputs, tokenizer, options)
     started = time.monotonic()
@@ -124,7 +126,7 @@ def _texts_of_part(inputs: list[str], options: argparse.Namespace, start: Place)
             if place < start or not is_own(owner, document, share):
                 continue
             if text.strip():
-                yield (place, Kind.HELDOUT if _is_heldout(text, options) else Kind.TRAINING), text
+                yield (place, Kind.HELDOUT if is_heldout(text, options) else Kind.TRAINING), text
             else:
                 yield (place, Kind.EMPTY), ""
 
@@ -153,7 +155,7 @@ class _Texts:
     def _read(self) -> Iterator[tuple[tuple[Stream, int], str]]:
         texts = chain.from_iterable(_documents(source, self._options) for source in self._inputs)
         for document, text in enumerate(texts):
-            stream = self._streams[_is_heldout(text, self._options)]
+            stream = self._streams[is_heldout(text, self._options)]
             if not text.strip():
                 self.num_empty += 1
             elif stream.wants(document):
@@ -177,11 +179,6 @@ class _Merged:
 
 def _documents(source: str, options: argparse.Namespace) -> Iterator[str]:
     return read_documents(source, text_column=options.text_column, one_per_line=options.one_per_line)
-
-
-def _is_heldout(text: str, options: argparse.Namespace) -> bool:
-    """By a hash of the text: the same for ever, and copies of a document fall on the same side."""
-    return bool(options.split_heldout) and fold("heldout", text) < options.split_heldout * 2**64
 
 
 def _say_complete(inputs: list[str], options: argparse.Namespace) -> None:
@@ -211,7 +208,7 @@ def _print_summary(streams: list[Stream], num_empty: int, seconds: float) -> Non
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
-    parser.add_argument("--task", required=True, choices=("masked_lm", "causal_lm"))
+    parser.add_argument("--task", required=True, choices=TASKS)
     parser.add_argument("--input", required=True, nargs="+", help="files, globs, or data sets (name[:config]:split)")
     parser.add_argument("--tokenizer", required=True, help="folder or hub id")
     parser.add_argument("--sequence-tokens", required=True, type=int, help="tokens of a sequence")
@@ -222,6 +219,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--one-per-line", action="store_true", help="each line of a text file is a document")
     parser.add_argument("--text-column", default="text", help="column of the text in tables, JSON and data sets")
     parser.add_argument("--overwrite", action="store_true", help="delete the shards that OUTPUT holds, and start anew")
+    _add_labelled(parser.add_argument_group("tasks with labels of their own"))
     of_many = parser.add_mutually_exclusive_group()
     of_many.add_argument("--part", type=parse_share, metavar="I/N", help="only tokenise part I of N, from 1/N to N/N")
     of_many.add_argument("--merge", type=int, default=0, metavar="N", help="pack the N parts that are in OUTPUT")
@@ -230,7 +228,25 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         parser.error("--merge must be the number of parts, 1 or more")
     if options.workers < 1:
         parser.error("--workers must be at least 1")
+    if options.task in ANNOTATED_TASKS and (options.part or options.merge):
+        parser.error(f"--part and --merge are for text; {options.task} is built in one piece")
     return options
+
+
+def _add_labelled(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--labels", help="file with a label a line, or a manifest.json (default: labels.tsv beside INPUT)"
+    )
+    group.add_argument("--unlabelled", action="store_true", help="leave out labels that are there")
+    group.add_argument("--label-column", default="label", help="column of the label in tables and JSON")
+    group.add_argument("--second-column", help="column of the second text of a pair")
+    group.add_argument("--columns", type=_names, metavar="A,B,...", help="columns of a table that has no header")
+    group.add_argument("--overlap-tokens", type=int, default=128, help="that windows of a long context share")
+    group.add_argument("--question-tokens", type=int, default=64, help="of a question at most")
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(text.split(","))
 
 
 def _fraction(text: str) -> float:

@@ -50,10 +50,7 @@ def framing_of(tokenizer: PreTrainedTokenizerBase, task: str) -> Framing:
     Raises ConfigError for a tokenizer without a mask token, or without an end-of-text token.
     """
     name = tokenizer.name_or_path
-    bare = tokenizer("a", add_special_tokens=False)["input_ids"]
-    framed = tokenizer("a")["input_ids"]
-    start = next((i for i in range(len(framed)) if framed[i : i + len(bare)] == bare), 0)
-    before, after = tuple(framed[:start]), tuple(framed[start + len(bare) :])
+    before, after = frame_of(tokenizer)
     if task == "masked_lm":
         if tokenizer.mask_token_id is None:
             raise ConfigError(
@@ -67,6 +64,14 @@ def framing_of(tokenizer: PreTrainedTokenizerBase, task: str) -> Framing:
         )
     begins = before[:1] == (tokenizer.bos_token_id,)
     return Framing(before[:1] if begins else (), (tokenizer.eos_token_id,), each_piece=False)
+
+
+def frame_of(tokenizer: PreTrainedTokenizerBase) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The special tokens that the tokenizer puts before and after a text."""
+    bare = tokenizer("a", add_special_tokens=False)["input_ids"]
+    framed = tokenizer("a")["input_ids"]
+    start = next((i for i in range(len(framed)) if framed[i : i + len(bare)] == bare), 0)
+    return tuple(framed[:start]), tuple(framed[start + len(bare) :])
 
 
 class Packer:

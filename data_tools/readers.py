@@ -21,11 +21,15 @@ TEXT_ENDINGS = (".txt", ".text", ".tokens")
 ENDINGS = (*TEXT_ENDINGS, ".jsonl", ".csv", ".tsv", ".parquet")
 _GLOB_CHARACTERS = "*?["
 
+Row = tuple[str, Any]
+"""Where it is, and the record: a mapping where the data are sound"""
 
-def find_inputs(inputs: list[str]) -> list[str]:
+
+def find_inputs(inputs: list[str], any_ending: bool = False) -> list[str]:
     """Each input as a file, a folder of a data set, or a data set's name; globs become their files, sorted.
 
-    Raises DataError for a file that is absent or of no known kind, and for a glob that finds nothing.
+    Raises DataError for a file that is absent or of no known kind (unless ``any_ending``), and for a glob that finds
+    nothing.
     """
     found: list[str] = []
     for entry in inputs:
@@ -36,28 +40,39 @@ def find_inputs(inputs: list[str]) -> list[str]:
             if not files:
                 raise DataError(f"--input {entry}: no file fits this pattern")
             found += files
-        elif not Path(entry.split(":")[0]).is_dir() and _kind(entry) is not None:
+        elif any_ending or (not Path(entry.split(":")[0]).is_dir() and _kind(entry) is not None):
             raise DataError(f"--input {entry}: no such file")
         else:
             found.append(entry)
     for entry in found:
-        if Path(entry).is_file() and _kind(entry) is None:
+        if not any_ending and Path(entry).is_file() and _kind(entry) is None:
             raise DataError(f"--input {entry}: unknown kind of file; expected {', '.join(ENDINGS)} (also .gz, .zst)")
     return found
 
 
 def read_documents(source: str, *, text_column: str, one_per_line: bool) -> Iterator[str]:
     """The documents of one of ``find_inputs``, in their order. Raises DataError with the file and the line."""
+    if Path(source).is_file() and _kind(source) in TEXT_ENDINGS:
+        yield from _read_text(source, one_per_line)
+        return
+    for where, row in read_rows(source, only=text_column):
+        yield _text_of(row, text_column, where)
+
+
+def read_rows(source: str, names: tuple[str, ...] | None = None, only: str | None = None) -> Iterator[Row]:
+    """The rows of a table, of JSON lines or of a data set, each with its place. Raises DataError.
+
+    ``names`` of the columns of a table without a header. ``only`` is a column that must be there; others may be left
+    out.
+    """
     kind = _kind(source) if Path(source).is_file() else "data set"
     if kind == "data set":
-        return _read_dataset(source, text_column)
+        return _read_dataset(source)
     if kind == ".parquet":
-        return _read_parquet(source, text_column)
+        return _read_parquet(source, only)
     if kind == ".jsonl":
-        return _read_jsonl(source, text_column)
-    if kind in (".csv", ".tsv"):
-        return _read_table(source, text_column, tabs=kind == ".tsv")
-    return _read_text(source, one_per_line)
+        return _read_jsonl(source)
+    return _read_table(source, names, tabs=kind == ".tsv")
 
 
 def _kind(name: str) -> str | None:
@@ -74,8 +89,11 @@ def _open(path: str) -> IO[bytes]:
     return open(path, "rb")
 
 
-def _lines(path: str) -> Iterator[str]:
-    """Lines with their ends. Raises DataError for bytes that are not UTF-8 and for damaged compression."""
+def lines_of(path: str) -> Iterator[str]:
+    """The lines of a file, also of a compressed one, with their ends.
+
+    Raises DataError for bytes that are not UTF-8 and for damaged compression.
+    """
     number = 0
     try:
         with _open(path) as stream:
@@ -93,7 +111,7 @@ def _lines(path: str) -> Iterator[str]:
 def _read_text(path: str, one_per_line: bool) -> Iterator[str]:
     """Documents are lines, or are separated by blank lines."""
     paragraph: list[str] = []
-    for line in _lines(path):
+    for line in lines_of(path):
         text = line.rstrip("\r\n")
         if one_per_line:
             yield text
@@ -106,56 +124,54 @@ def _read_text(path: str, one_per_line: bool) -> Iterator[str]:
         yield "\n".join(paragraph)
 
 
-def _read_jsonl(path: str, text_column: str) -> Iterator[str]:
-    for number, line in enumerate(_lines(path), 1):
+def _read_jsonl(path: str) -> Iterator[Row]:
+    for number, line in enumerate(lines_of(path), 1):
         if not line.strip():
             continue
         try:
-            record = json.loads(line)
+            yield f"{path}:{number}", json.loads(line)
         except ValueError as problem:
             raise DataError(f"{path}:{number}: not JSON ({problem}); expected one object a line") from problem
-        yield _text_of(record, text_column, f"{path}:{number}")
 
 
-def _read_table(path: str, text_column: str, *, tabs: bool) -> Iterator[str]:
+def _read_table(path: str, names: tuple[str, ...] | None, *, tabs: bool) -> Iterator[Row]:
     """CSV with quotes; TSV without, as the public data sets have it."""
     csv.field_size_limit(sys.maxsize)
-    lines = _lines(path)
+    lines = lines_of(path)
     if tabs:
         rows = csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE, strict=True)
     else:
         rows = csv.reader(lines, strict=True)
     try:
-        header = next(rows, [])
+        header = list(names) if names else next(rows, [])
         for row in rows:
             if row and len(row) != len(header):
-                raise DataError(
-                    f"{path}:{rows.line_num}: {len(row)} columns, expected {len(header)} as in the first line"
-                )
+                said = "by --columns" if names else "as in the first line"
+                raise DataError(f"{path}:{rows.line_num}: {len(row)} columns, expected {len(header)} {said}")
             if row:
-                yield _text_of(dict(zip(header, row)), text_column, f"{path}:{rows.line_num}")
+                yield f"{path}:{rows.line_num}", dict(zip(header, row))
     except csv.Error as problem:
         raise DataError(f"{path}:{rows.line_num}: not a table ({problem})") from problem
 
 
-def _read_parquet(path: str, text_column: str) -> Iterator[str]:
+def _read_parquet(path: str, only: str | None) -> Iterator[Row]:
     import pyarrow
     import pyarrow.parquet
 
     try:
         table = pyarrow.parquet.ParquetFile(path)
-        if text_column not in table.schema_arrow.names:
-            raise _no_column(text_column, table.schema_arrow.names, path)
+        if only is not None and only not in table.schema_arrow.names:
+            raise _no_column(only, table.schema_arrow.names, path)
         number = 0
-        for batch in table.iter_batches(batch_size=1024, columns=[text_column]):
-            for value in batch.column(0).to_pylist():
+        for batch in table.iter_batches(batch_size=1024, columns=None if only is None else [only]):
+            for row in batch.to_pylist():
                 number += 1
-                yield _text_of({text_column: value}, text_column, f"{path}, row {number}")
+                yield f"{path}, row {number}", row
     except (pyarrow.ArrowException, OSError) as problem:
         raise DataError(f"{path}: cannot be read as parquet ({problem})") from problem
 
 
-def _read_dataset(source: str, text_column: str) -> Iterator[str]:
+def _read_dataset(source: str) -> Iterator[Row]:
     """``name``, ``name:split`` or ``name:config:split``; a name is a folder or a data set on the hub."""
     from datasets import DatasetDict, load_dataset, load_from_disk
 
@@ -169,9 +185,7 @@ def _read_dataset(source: str, text_column: str) -> Iterator[str]:
         else:
             rows = load_dataset(name, config, split=split, streaming=True)
         for number, record in enumerate(rows, 1):
-            yield _text_of(record, text_column, f"{source}, row {number}")
-    except DataError:
-        raise
+            yield f"{source}, row {number}", record
     except Exception as problem:  # datasets raises its own, the hub's, pyarrow's and Python's errors
         raise DataError(
             f"--input {source}: no such file, and not a data set that loads as name, name:split or name:config:split "

@@ -15,6 +15,7 @@ from data_tools.packing import Packed, Packer, Position, framing_of
 from data_tools.parts import Inputs
 from data_tools.shard_folder import ShardFolder
 from engine.data.manifest import Manifest
+from engine.data.stateless import fold
 from engine.errors import DataError
 from engine.redaction import redact_words
 from engine.tasks.tokenizer import fingerprint, vocab_size
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 START = Position(0, 0, 0)
+HELDOUT = "heldout"
 
 
 class Stream:
@@ -95,6 +97,11 @@ def wanted_manifest(tokenizer: PreTrainedTokenizerBase, options: argparse.Namesp
         token_counts_sha256="",
         command=_command(options),
     )
+
+
+def is_heldout(text: str, options: argparse.Namespace) -> bool:
+    """By a hash of the text: the same for ever, and copies of a document fall on the same side."""
+    return bool(options.split_heldout) and fold("heldout", text) < options.split_heldout * 2**64
 
 
 def stamped(inputs: list[str]) -> Inputs:
