@@ -125,6 +125,9 @@ def _loader(parts: Parts, place: Place, num_bad_samples: int, cached: CachedTarg
         seed=run.config.run.seed,
         lanes=data.lanes,
         shuffle_samples=data.shuffle_samples,
+        epoch_samples=data.epoch_samples,
+        sort_samples=data.sort_samples,
+        lengths=parts.shards.lengths,
     )
     return Loader(
         parts.shards,

@@ -47,8 +47,9 @@ def forward_flops_per_token(model: PreTrainedModel, sequence_tokens: int) -> flo
 
 
 def head_flops_per_position(model: PreTrainedModel) -> float:
-    """FLOPs of one position's logits: 2 V H."""
-    return 2.0 * model.get_output_embeddings().weight.numel()
+    """FLOPs of one position's logits: 2 V H; a head of few classes counts with the layers."""
+    head = model.get_output_embeddings()
+    return 0.0 if head is None else 2.0 * head.weight.numel()
 
 
 def training_flops_per_token(
@@ -116,4 +117,5 @@ def known_devices() -> tuple[str, ...]:
 
 def _embedding_and_head(model: PreTrainedModel) -> set[int]:
     found = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    return found | {id(parameter) for parameter in model.get_output_embeddings().parameters(recurse=False)}
+    head = model.get_output_embeddings()
+    return found if head is None else found | {id(parameter) for parameter in head.parameters(recurse=False)}
