@@ -119,7 +119,7 @@ class Gradients:
 
     def of(self, answered: Answered, targets: Targets) -> Tensor:
         batch = answered.batch
-        loss, _ = self._module(batch, targets, StepContext(0, batch.num_labels, batch.num_tokens, False))
+        loss, _, _ = self._module(batch, targets, StepContext(0, batch.num_labels, batch.num_tokens, False))
         return torch.cat([part.flatten() for part in torch.autograd.grad(loss, self._weights)])
 
 

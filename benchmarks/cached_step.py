@@ -100,7 +100,7 @@ class Training:
     def __call__(self) -> None:
         (batch,) = next(self._steps).micro_batches
         targets = self._source.targets_for(batch, batch.label_rows)
-        loss, _ = self._module(batch, targets, StepContext(0, batch.num_labels, batch.num_tokens, False))
+        loss, _, _ = self._module(batch, targets, StepContext(0, batch.num_labels, batch.num_tokens, False))
         loss.backward()
         self._optimizer.step()
         self._optimizer.zero_grad()

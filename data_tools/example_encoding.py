@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 MIN_TOKENS = 8
+NOWHERE = 0
+"""Place of an answer that is not there: the token that the sequence begins with"""
 
 
 @dataclass(frozen=True)
@@ -148,25 +150,24 @@ class ExampleEncoder:
             first = sides.index(1)
             last = len(sides) - 1 - sides[::-1].index(1)
             spans = encoding["offset_mapping"][window][first : last + 1]
-            labels = self._places(example, ids, spans, first)
+            labels = self._places(example, spans, first)
             content = {"id": example.id, "first": first, "starts": [s for s, _ in spans], "ends": [e for _, e in spans]}
             content |= {"context": example.context, "answers": [text for text, _ in example.answers or ()]}
             stored = json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode()
             annotation = Annotation(encode_labels(labels), _pieces(sides), stored)
             yield Encoded(np.array(ids, np.uint32), annotation, is_cut=num_windows > 1)
 
-    def _places(self, example: Question, ids: list[int], spans: list[tuple[int, int]], first: int) -> list[int | None]:
-        """Of the first and the last token of the first answer; both the start token's where the window lacks it."""
+    def _places(self, example: Question, spans: list[tuple[int, int]], first: int) -> list[int | None]:
+        """Of the first and the last token of the first answer, or NOWHERE where the window lacks it."""
         if example.answers is None:
             return [None, None]
-        nowhere = ids.index(self._tokenizer.cls_token_id) if self._tokenizer.cls_token_id in ids else 0
         if not example.answers:
-            return [nowhere, nowhere]
+            return [NOWHERE, NOWHERE]
         text, start = example.answers[0]
         end = start + len(text)
         begins = [place for place, (s, e) in enumerate(spans) if s <= start < e]
         ends = [place for place, (s, e) in enumerate(spans) if s < end <= e]
-        return [first + begins[0], first + ends[-1]] if begins and ends else [nowhere, nowhere]
+        return [first + begins[0], first + ends[-1]] if begins and ends else [NOWHERE, NOWHERE]
 
     def _labels_of(self, where: str, names: Sequence[str]) -> list[int | None]:
         found: list[int | None] = []

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,14 +16,15 @@ from engine.config.resolve import BatchPlan
 from engine.data.loader import Loader, Shards
 from engine.data.order import Location
 from engine.dist import Control
-from engine.errors import DataError, StillhouseError
+from engine.errors import StillhouseError
 from engine.losses.objective import Objective, StepContext
-from engine.schema import Batch, StepBatches, Targets
+from engine.schema import Batch, LogitTargets, StepBatches, Targets
 from engine.sharing import raise_together
+from engine.tasks.scores import Scores
 from engine.tasks.task import Task
 from engine.teacher.source import TargetSource
 
-Forward = Callable[[Batch, Targets | None, StepContext], tuple[Tensor, Tensor]]
+Forward = Callable[[Batch, Targets | None, StepContext], tuple[Tensor, Tensor, Tensor | None]]
 
 
 @dataclass(frozen=True)
@@ -36,20 +38,25 @@ class Evaluation:
     """KL(teacher || student) at temperature 1"""
     agreement: float | None
     """share of positions where both have the same first choice"""
+    student: Scores | None = None
+    """in the measures of a task with labels of its own"""
+    teacher: Scores | None = None
 
     @property
     def student_perplexity(self) -> float:
         return math.exp(self.student_loss)
 
     def to_record(self) -> dict[str, float]:
-        record = {"eval/student_loss": self.student_loss, "eval/student_perplexity": self.student_perplexity}
+        record = {"eval/student_loss": self.student_loss}
+        for role, scores in (("student", self.student), ("teacher", self.teacher)):
+            if scores is not None:
+                record |= {f"eval/{role}_{name}": value for name, value in scores.measures.items()}
+        if self.student is None:
+            record["eval/student_perplexity"] = self.student_perplexity
         if self.teacher_loss is not None and self.kl is not None and self.agreement is not None:
-            record |= {
-                "eval/teacher_loss": self.teacher_loss,
-                "eval/teacher_perplexity": math.exp(self.teacher_loss),
-                "eval/kl": self.kl,
-                "eval/agreement": self.agreement,
-            }
+            record |= {"eval/teacher_loss": self.teacher_loss, "eval/kl": self.kl, "eval/agreement": self.agreement}
+            if self.student is None:
+                record["eval/teacher_perplexity"] = math.exp(self.teacher_loss)
         return record
 
 
@@ -61,7 +68,9 @@ class EvenlySpaced:
         self._ends = np.cumsum(samples_per_shard)
         self._num_samples = sum(samples_per_shard)
 
-    def locate(self, sequence: int) -> Location:
+    def locate(self, sequence: int) -> Location | None:
+        if sequence >= self.sequences_per_epoch:  # the last pass may have more rows than there are samples left
+            return None
         place = sequence * self._num_samples // self.sequences_per_epoch
         shard = int(np.searchsorted(self._ends, place, side="right"))
         assert shard < len(self._ends), "sequence is out of range"
@@ -69,10 +78,7 @@ class EvenlySpaced:
 
 
 class Evaluator:
-    """Scores a student on at most ``max_sequences`` held-out sequences. ``score`` is collective.
-
-    Raises DataError when there are fewer sequences than ranks.
-    """
+    """Scores a student on at most ``max_sequences`` held-out sequences. ``score`` is collective."""
 
     def __init__(
         self,
@@ -88,12 +94,9 @@ class Evaluator:
         ranks = control.ranks
         counts = shards.manifest.samples_per_shard
         count = min(max_sequences, sum(counts))
-        count -= count % ranks.world_size  # every rank makes the same number of forward passes
-        if count == 0:
-            raise DataError(f"the held-out shards hold {sum(counts)} sequences, too few for {ranks.world_size} ranks")
-        local = count // ranks.world_size
-        micro = max(size for size in range(1, min(batch.micro_sequences, local) + 1) if local % size == 0)
-        self._num_passes = local // micro
+        local = -(-count // ranks.world_size)
+        self._num_passes = -(-local // batch.micro_sequences)  # the same on every rank
+        micro = -(-local // self._num_passes)
         self._loader = Loader(
             shards,
             EvenlySpaced(counts, count),
@@ -104,7 +107,7 @@ class Evaluator:
             rank=ranks.rank,
             world_size=ranks.world_size,
         )
-        self._objective, self._device, self._control = objective, device, control
+        self._task, self._objective, self._device, self._control = task, objective, device, control
 
     @torch.no_grad()
     def score(self, forward: Forward, source: TargetSource) -> Evaluation:
@@ -114,13 +117,19 @@ class Evaluator:
         """
         names = self._objective.metric_names
         sums = torch.zeros(len(names) + 1, dtype=torch.float64, device=self._device)
+        observed: list[Any] = []
+        taught: list[Any] = []
         with_teacher = False
         with closing(self._loader.steps()) as steps:
             for _ in range(self._num_passes):
                 batch = self._next(steps)
                 targets = source.targets_for(batch, self._objective.rows(batch))
                 with_teacher = targets is not None
-                _, metrics = forward(batch, targets, StepContext(0, batch.num_labels, batch.num_tokens))
+                _, metrics, logits = forward(batch, targets, StepContext(0, batch.num_labels, batch.num_tokens))
+                if logits is not None:
+                    observed += self._task.observe(logits, batch)
+                if isinstance(targets, LogitTargets):
+                    taught += self._task.observe(targets.logits, batch)
                 sums[:-1] += metrics
                 sums[-1] += batch.num_labels
         if self._control.ranks.world_size > 1:
@@ -133,7 +142,14 @@ class Evaluator:
             teacher_loss=mean["teacher_nll"] if with_teacher else None,
             kl=mean["kl_temperature_1"] if with_teacher else None,
             agreement=mean["agreement"] if with_teacher else None,
+            student=self._scores(observed),
+            teacher=self._scores(taught),
         )
+
+    def _scores(self, observed: list[Any]) -> Scores | None:
+        """Of what all ranks have observed; a task over the vocabulary observes nothing."""
+        everything = [each for part in self._control.gather(observed) for each in part]
+        return self._task.score(everything) if everything else None
 
     def _next(self, steps: Iterator[StepBatches]) -> Batch:
         """Whoever waits for a server is waited for here: what the forward pass exchanges has a limit of time."""

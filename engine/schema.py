@@ -98,6 +98,8 @@ class Batch:
     """shard/key of each sequence"""
     piece_ids: Tensor | None = None
     """[B, T] int64: 0 for the first text of a labelled sample and for padding, 1 for the second"""
+    examples: tuple[bytes, ...] = ()
+    """of each sequence what its sample holds for scoring"""
     cached: SparseTargets | CachedStates | Unanswered | None = None
     """what a cache holds for the positions with a label"""
 

@@ -169,7 +169,7 @@ class Trainer:
                 batch, targets = next(asked)
             with self.timer.phase("student"):
                 with self.timer.phase("forward"):
-                    loss, metrics = self.engine(batch, targets, context)
+                    loss, metrics, _ = self.engine(batch, targets, context)
                 del targets
                 self.engine.backward(loss)
             self.meter.add(metrics, loss, batch.names)

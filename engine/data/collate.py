@@ -41,6 +41,7 @@ def collate(samples: Sequence[Sample], labelled: Labelled, *, pad_id: int, seque
         packed=packed,
         names=tuple(sample.name for sample in samples),
         piece_ids=_piece_ids(samples, is_token),
+        examples=tuple(sample.annotation.example if sample.annotation else b"" for sample in samples),
     )
 
 

@@ -29,7 +29,8 @@ class Order(Protocol):
     @property
     def sequences_per_epoch(self) -> int: ...
 
-    def locate(self, sequence: int) -> Location: ...
+    def locate(self, sequence: int) -> Location | None:
+        """None for a place that holds no sample: a row of padding that counts nowhere."""
 
 
 class Shards(Protocol):
@@ -125,19 +126,23 @@ class Loader:
                 epoch = step * self._global_sequences / self._order.sequences_per_epoch
                 yield StepBatches(step, epoch, tuple(micro.batch for micro in collated), num_bad_samples)
 
-    def _micro_batches(self, step: int) -> Iterator[list[Location]]:
+    def _micro_batches(self, step: int) -> Iterator[list[Location | None]]:
         """Locations of each micro-batch. They are found here, by one thread, since the order keeps a cache."""
         first = step * self._global_sequences
         mine = range(first + self._rank, first + self._global_sequences, self._world_size)
         for start in range(0, len(mine), self._micro_sequences):
             yield [self._order.locate(sequence) for sequence in mine[start : start + self._micro_sequences]]
 
-    def _collate(self, locations: list[Location]) -> _Collated:
+    def _collate(self, locations: list[Location | None]) -> _Collated:
         samples: list[Sample] = []
         records: list[Any] = []
         damage: list[DataError] = []
         for location in locations:
             record = None
+            if location is None:
+                samples.append(Sample.damaged("nowhere", 0))
+                records.append(None)
+                continue
             try:
                 sample = self._shards.read(location.shard, location.index)
                 record = self._cached.fetch(location) if self._cached else None
@@ -151,7 +156,7 @@ class Loader:
             records.append(record)
         manifest = self._shards.manifest
         with self._turn:
-            labelled = self._label(samples, [location.epoch for location in locations])
+            labelled = self._label(samples, [location.epoch if location else 0 for location in locations])
             batch = collate(samples, labelled, pad_id=manifest.pad_id, sequence_tokens=manifest.sequence_tokens)
             if self._cached is not None:
                 batch = replace(batch, cached=self._cached.targets(records, samples, labelled, batch))

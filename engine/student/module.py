@@ -20,6 +20,10 @@ class StudentWithObjective(nn.Module):
         self.reader = ModelReader(model, task, hidden_states=objective.needs_hidden_states)
         self.head = self.reader.head
 
-    def forward(self, batch: Batch, targets: Targets | None, context: StepContext) -> tuple[Tensor, Tensor]:
-        """Scalar fp32 loss, and the metric sums named by ``objective.metric_names``."""
-        return self.objective(self.reader.read(batch), self.head, batch, targets, context)
+    def forward(
+        self, batch: Batch, targets: Targets | None, context: StepContext
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Scalar fp32 loss, the metric sums named by ``objective.metric_names``, and the logits of few classes."""
+        answer = self.reader.read(batch)
+        loss, metrics = self.objective(answer, self.head, batch, targets, context)
+        return loss, metrics, None if answer.logits is None else answer.logits.detach()

@@ -35,3 +35,9 @@ class CausalLM:
 
     def logits(self, output: Any, batch: Batch) -> Tensor:
         raise AssertionError("the fused head forms them")
+
+    def observe(self, logits: Tensor, batch: Batch) -> list[Any]:
+        return []
+
+    def score(self, observations: Sequence[Any]) -> None:
+        return None

@@ -61,3 +61,9 @@ class MaskedLM:
 
     def logits(self, output: Any, batch: Batch) -> Tensor:
         raise AssertionError("the fused head forms them")
+
+    def observe(self, logits: Tensor, batch: Batch) -> list[Any]:
+        return []
+
+    def score(self, observations: Sequence[Any]) -> None:
+        return None

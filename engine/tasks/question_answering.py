@@ -10,6 +10,8 @@ import torch
 from engine.data.collate import Labelled
 from engine.schema import Batch, Sample
 from engine.tasks.labelled import labels_at_starts, single_inputs, token_ids
+from engine.tasks.scores import Scores
+from engine.tasks.squad import answer_scores, best_answer
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -37,3 +39,12 @@ class QuestionAnswering:
         sequences, which = batch.label_rows // width, batch.label_rows % width
         logits = torch.stack([output.start_logits, output.end_logits], dim=1)[sequences, which]
         return logits.float().masked_fill(batch.segment_ids[sequences] == 0, IMPOSSIBLE)
+
+    def observe(self, logits: Tensor, batch: Batch) -> list[Any]:
+        """The best answer of each window."""
+        sequences = (batch.label_rows[::2] // batch.input_ids.shape[1]).tolist()
+        starts, ends = logits[::2].float().cpu().numpy(), logits[1::2].float().cpu().numpy()
+        return [best_answer(batch.examples[sequence], *pair) for sequence, *pair in zip(sequences, starts, ends)]
+
+    def score(self, observations: Sequence[Any]) -> Scores:
+        return answer_scores(observations)

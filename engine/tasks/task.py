@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -12,15 +12,17 @@ from engine.data.collate import Labelled
 from engine.data.manifest import TOKEN_COUNTS, Manifest
 from engine.errors import DataError
 from engine.losses.reading import Reads
-from engine.schema import Sample
+from engine.schema import Batch, Sample
 from engine.tasks.causal_lm import CausalLM
 from engine.tasks.masked_lm import MaskedLM
 from engine.tasks.question_answering import QuestionAnswering
+from engine.tasks.scores import Scores
 from engine.tasks.sequence_classification import SequenceClassification
 from engine.tasks.token_classification import TokenClassification
 from engine.tasks.tokenizer import fingerprint, vocab_size
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
 
@@ -35,6 +37,12 @@ class Task(Reads, Protocol):
 
         ``rounds`` say how often each sample was met before. A sample's labels do not depend on the others.
         """
+
+    def observe(self, logits: Tensor, batch: Batch) -> list[Any]:
+        """What scoring must know of each sequence of ``batch``, from the logits [N, C] of its labelled rows."""
+
+    def score(self, observations: Sequence[Any]) -> Scores | None:
+        """Of all sequences; None for a task over the vocabulary, which is judged by its loss."""
 
 
 def build_task(
@@ -60,9 +68,8 @@ def build_task(
             )
     if config.kind == "masked_lm":
         return MaskedLM(config, tokenizer, token_counts)
-    return _OTHERS[config.kind]()
-
-
-_OTHERS: dict[str, Callable[[], Task]] = {
-    task.kind: task for task in (CausalLM, TokenClassification, SequenceClassification, QuestionAnswering)
-}
+    if config.kind == "causal_lm":
+        return CausalLM()
+    if config.kind == "question_answering":
+        return QuestionAnswering()
+    return (TokenClassification if config.kind == "token_classification" else SequenceClassification)(manifest.labels)

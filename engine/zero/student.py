@@ -59,7 +59,7 @@ class StudentEngine:
             for parameter in [tensor for tensor in (head.weight, head.bias) if tensor is not None]:
                 deepspeed.zero.register_external_parameter(head_loss, parameter)
 
-    def __call__(self, *inputs: Any) -> tuple[Tensor, Tensor]:
+    def __call__(self, *inputs: Any) -> tuple[Tensor, Tensor, Tensor | None]:
         return self._engine(*inputs)
 
     def backward(self, loss: Tensor) -> None:
