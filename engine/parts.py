@@ -26,6 +26,7 @@ from engine.models import DTYPES, MODEL_CLASSES
 from engine.schema import map_tensors
 from engine.sharing import read_by_main
 from engine.student.build import BuiltStudent, build_student
+from engine.student.freezing import freeze
 from engine.tasks.labelled_trial import check_few_classes
 from engine.tasks.packing_trial import check_packing, check_positions, toy_inputs
 from engine.tasks.task import Task, build_task
@@ -113,6 +114,8 @@ def build_parts(config: RunConfig, place: Place) -> Parts:
         _check_labels(teacher, manifest)
     cache = _cache(config, shards, place, run.teacher_precision, teacher) if config.teacher.kind == "cached" else None
     student = build_student(config.student, model_class, config.run.seed, teacher, manifest.labels)
+    if config.freeze:
+        log.info("student: %s weights are not trained", f"{freeze(student.model, config.freeze):,}")
     if config.run.gradient_checkpointing:
         student.model.gradient_checkpointing_enable({"use_reentrant": False})
     if not asked:

@@ -195,6 +195,9 @@ class OptimizerSection(Section):
 
     learning_rate: Annotated[float, Field(gt=0)] = 5e-4
     """Peak learning rate."""
+    projection_learning_rate: Annotated[float, Field(gt=0)] | None = None
+    """Peak learning rate of the projections that terms train beside the student: they begin with random weights.
+    Default: the student's."""
     betas: tuple[Beta, Beta] = (0.9, 0.98)
     """Decay of the two moments."""
     eps: Annotated[float, Field(gt=0)] = 1e-6
@@ -237,6 +240,16 @@ class EvaluationSection(Section):
     """Exported folder of the student's twin that was trained without a teacher: scored and shown beside it."""
 
 
+class EarlyStopSection(Section):
+    """An end of the run before its last step, when held-out data no longer get better; the best student is kept."""
+
+    measure: str | None = None
+    """What is judged at each evaluation: `loss`, or a measure of the task, such as `f1` or `accuracy`. Default: the one
+    that the task is judged by."""
+    patience: Count = 3
+    """Evaluations without a better value before the run ends."""
+
+
 class CheckpointSection(Section):
     """When to save and what to keep."""
 
@@ -257,6 +270,8 @@ class TrackingSection(Section):
     """Project of the wandb run."""
     wandb_entity: str | None = None
     """Team of the wandb run."""
+    wandb_group: str | None = None
+    """Group of the wandb run. Default: none, or for the stages of a run its name."""
     tensorboard: bool = False
     """Event files below the run folder."""
 
@@ -275,6 +290,12 @@ class RunConfig(Section):
     """The terms of the objective."""
     optimizer: OptimizerSection = OptimizerSection()
     schedule: ScheduleSection = ScheduleSection()
+    freeze: tuple[str, ...] = ()
+    """Parts of the student that are not trained: `embeddings` or one kind of them (`word_embeddings`,
+    `position_embeddings`, `token_type_embeddings`), `layers`, `layers 3` or `layers 0-5`, `encoder` (embeddings and
+    layers), `head`."""
+    early_stop: EarlyStopSection | None = None
+    """When to stop before the last step. None: never."""
     evaluation: EvaluationSection = EvaluationSection()
     checkpoint: CheckpointSection = CheckpointSection()
     tracking: TrackingSection = TrackingSection()

@@ -21,6 +21,9 @@ from engine.losses.hidden import HIDDEN_LOSSES, layer_pairs, select_rows
 from engine.schedule import between
 from engine.schema import Answer, Batch, Head, SparseTargets, Targets
 
+PROJECTIONS = "objective.projections."
+"""What the names of projections begin with in the module that is trained"""
+
 
 @dataclass(frozen=True)
 class StepContext:

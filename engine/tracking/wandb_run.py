@@ -35,6 +35,7 @@ class WandbRun:
         self._settings: dict[str, Any] = {
             "project": config.wandb_project,
             "entity": config.wandb_entity,
+            "group": config.wandb_group,
             "name": run_name,
             "id": _run_id(run_folder),
             "resume": "allow",

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from engine.config.run import OptimizerSection
 from engine.digests import Digests, WrittenFile
-from engine.errors import CheckpointError, TrainingError
+from engine.errors import CheckpointError, ConfigError, TrainingError
+from engine.losses.objective import PROJECTIONS
 from engine.schema import Head
 from engine.watch.judgement import is_lost
 from engine.zero.loading import TAG, weights_only
@@ -38,7 +39,12 @@ class StudentEngine:
     ) -> None:
         """``head_loss`` uses the weights of ``head``, which belong to another module: ZeRO-3 must gather them there.
         A task of few classes has no such head."""
-        groups = _parameter_groups(module, optimizer.weight_decay)
+        groups = _parameter_groups(module, optimizer)
+        projection = optimizer.projection_learning_rate or optimizer.learning_rate
+        self._factors = [
+            projection / optimizer.learning_rate if group.pop("is_projection") else 1.0 for group in groups
+        ]
+        """of the learning rate, for each group of parameters"""
         own = None
         if "optimizer" not in config:
             own = torch.optim.AdamW(
@@ -70,8 +76,8 @@ class StudentEngine:
 
         Raises TrainingError when fp16 overflows even at the smallest loss scale.
         """
-        for group in self._optimizer.param_groups:
-            group["lr"] = learning_rate
+        for group, factor in zip(self._optimizer.param_groups, self._factors, strict=True):
+            group["lr"] = learning_rate * factor
         try:
             self._engine.step()
         except Exception as problem:
@@ -174,11 +180,18 @@ def _look_at_own_file_alone(engine: Any) -> None:
         engine._get_all_zero_checkpoint_names = names
 
 
-def _parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Matrices and embeddings are decayed, norms and biases are not."""
-    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+def _parameter_groups(module: nn.Module, optimizer: OptimizerSection) -> list[dict[str, Any]]:
+    """Matrices and embeddings are decayed, norms and biases are not. Projections are a group of their own where they
+    have their own learning rate. Raises ConfigError when nothing is left to train."""
+    trained = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
+    own = optimizer.projection_learning_rate is not None
+    projections = [name for name in trained if own and name.startswith(PROJECTIONS)]
+    others = [parameter for name, parameter in trained.items() if name not in projections]
     groups = [
-        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+        {"params": [p for p in others if p.ndim >= 2], "weight_decay": optimizer.weight_decay, "is_projection": False},
+        {"params": [p for p in others if p.ndim < 2], "weight_decay": 0.0, "is_projection": False},
+        {"params": [trained[n] for n in projections], "weight_decay": optimizer.weight_decay, "is_projection": True},
     ]
+    if not trained:
+        raise ConfigError("freeze: nothing of the student is left to train; freeze less")
     return [group for group in groups if group["params"]]
