@@ -38,7 +38,8 @@ from engine.data.order import DataOrder
 from engine.data.shards import ShardSet
 from engine.data.stateless import fold, random_bits
 from engine.losses.head import head_logits
-from engine.losses.objective import Objective, Shape, StepContext
+from engine.losses.layers import Shape
+from engine.losses.objective import Objective, StepContext
 from engine.models import MODEL_CLASSES, load_model
 from engine.schema import Batch, DenseTargets, SparseTargets, Targets
 from engine.student.module import StudentWithObjective

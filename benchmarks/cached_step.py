@@ -30,7 +30,8 @@ from engine.config.terms import CrossEntropy
 from engine.data.loader import Loader
 from engine.data.order import DataOrder
 from engine.dist import Control, Ranks
-from engine.losses.objective import Objective, Shape, StepContext
+from engine.losses.layers import Shape
+from engine.losses.objective import Objective, StepContext
 from engine.parts import Parts, Place, build_parts
 from engine.student.module import StudentWithObjective
 from engine.teacher.cached import CachedTargets

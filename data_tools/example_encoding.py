@@ -66,8 +66,14 @@ class ExampleEncoder:
         if spec.task == "token_classification":
             _separate_words(self._tokenizer)
         self._before, self._after = frame_of(self._tokenizer)
-        if spec.sequence_tokens < MIN_TOKENS + len(self._before) + len(self._after):
-            raise ConfigError(f"--sequence-tokens {spec.sequence_tokens} is too short for {spec.task}")
+        least = MIN_TOKENS + len(self._before) + len(self._after)
+        if spec.task == "question_answering":
+            least += spec.question_tokens + spec.overlap_tokens
+        if spec.sequence_tokens < least:
+            raise ConfigError(
+                f"--sequence-tokens {spec.sequence_tokens} is too short for {spec.task}, expected at least {least}"
+                + ("; or give fewer --question-tokens and --overlap-tokens" if least > 2 * MIN_TOKENS else "")
+            )
         self._index = {label: number for number, label in enumerate(spec.labels)}
 
     def __call__(self, examples: Sequence[Example]) -> list[list[Encoded]]:

@@ -36,8 +36,8 @@ _SHOW_EVERY = 1024
 
 def build_labelled(inputs: list[str], tokenizer: PreTrainedTokenizerBase, options: argparse.Namespace) -> int:
     """Read, tokenise and write. Raises ConfigError and DataError."""
-    labels = _labels(inputs, options)
     has_labels = _has_labels(inputs, options)
+    labels = _labels(inputs, options)
     spec = EncodingSpec(
         options.task,
         options.tokenizer,

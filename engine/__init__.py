@@ -1,7 +1,7 @@
 """Stillhouse: a cluster-scale DeepSpeed engine for distilling language models.
 
-``from engine import Distiller, RunConfig`` is the whole API for notebooks. The names are resolved on first use, so
-that reading a config on a login node imports neither torch nor deepspeed.
+``from engine import Callback, Distiller, RunConfig`` is the whole API for notebooks. The names are resolved on first
+use, so that reading a config on a login node imports neither torch nor deepspeed.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ from importlib import import_module
 from typing import Any
 
 __version__ = "0.1.0"
-__all__ = ["Distiller", "RunConfig"]
+__all__ = ["Callback", "Distiller", "RunConfig"]
 
-_HOMES = {"Distiller": "engine.distiller", "RunConfig": "engine.config.run"}
+_HOMES = {"Callback": "engine.callbacks", "Distiller": "engine.distiller", "RunConfig": "engine.config.run"}
 
 
 def __getattr__(name: str) -> Any:

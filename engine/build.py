@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -10,13 +10,16 @@ from transformers import PreTrainedModel
 
 from engine.cache.journal import Journal, records_kept
 from engine.cache.recording import build_recorder
+from engine.callbacks import Callback, Callbacks
 from engine.checkpoint import CheckpointStore
+from engine.config.resolve import ResolvedRun
 from engine.cost import peak_flops, training_flops_per_token
 from engine.data.loader import Loader
 from engine.data.order import DataOrder
 from engine.dist import StopSignal
-from engine.evaluation import Evaluator
-from engine.losses.objective import Objective, Shape
+from engine.evaluation import Evaluator, held_out_limit
+from engine.losses.layers import Shape
+from engine.losses.objective import Objective
 from engine.metrics import RecordMaker
 from engine.parts import Parts, Place, open_shards
 from engine.placement import place_teacher
@@ -36,7 +39,13 @@ from engine.zero import StudentEngine
 
 
 def build_trainer(
-    parts: Parts, place: Place, resume: str, stop: StopSignal, watch: Watch, show: Callable[..., None]
+    parts: Parts,
+    place: Place,
+    resume: str,
+    stop: StopSignal,
+    watch: Watch,
+    show: Callable[..., None],
+    callbacks: Sequence[Callback] = (),
 ) -> Trainer:
     """The trainer, resumed from a checkpoint where there is one. Collective."""
     run, config = parts.run, parts.run.config
@@ -61,7 +70,12 @@ def build_trainer(
     if parts.cache is not None:
         source = cached = CachedTargets(parts.cache, manifest, config.teacher.tail, place.device, _live(parts, place))
     elif parts.teacher is not None and objective.needs_targets:
-        source = place_teacher(parts, place, hidden_states=objective.needs_hidden_states)
+        source = place_teacher(
+            parts,
+            place,
+            hidden_states=objective.needs_hidden_states,
+            attention_layers=objective.comparisons.attention_layers(1),
+        )
     ahead = config.teacher.overlap and place.device.type == "cuda" and objective.needs_targets
     torch.manual_seed(config.run.seed + place.ranks.rank)  # dropout differs over the ranks
     module = StudentWithObjective(parts.student.model, objective, parts.task)
@@ -78,14 +92,6 @@ def build_trainer(
         state.step,
         place.control.is_main,
     )
-    records = RecordMaker(
-        objective,
-        num_steps=run.num_steps,
-        world_size=place.ranks.world_size,
-        device=place.device,
-        flops_per_token=flops,
-        peak_flops=_peak(place.device, run.precision),
-    )
     meta = {"data": parts.data_identity, "zero_stage": run.zero_stage, "precision": run.precision}
     return Trainer(
         run=run,
@@ -101,10 +107,22 @@ def build_trainer(
         control=place.control,
         stop=stop,
         watch=watch,
-        records=records,
+        records=_records(run, place, objective, flops),
         show_progress=show,
+        callbacks=Callbacks(callbacks if place.control.is_main else ()),
         checkpoint_meta=meta,
         state=state,
+    )
+
+
+def _records(run: ResolvedRun, place: Place, objective: Objective, flops_per_token: float) -> RecordMaker:
+    return RecordMaker(
+        objective,
+        num_steps=run.num_steps,
+        world_size=place.ranks.world_size,
+        device=place.device,
+        flops_per_token=flops_per_token,
+        peak_flops=_peak(place.device, run.precision),
     )
 
 
@@ -155,7 +173,7 @@ def _evaluator(parts: Parts, objective: Objective, place: Place) -> Evaluator | 
         open_shards(section.manifest, parts.run.config.data.allow_pipe, place),
         parts.task,
         objective,
-        max_sequences=section.max_sequences,
+        max_sequences=held_out_limit(parts.run.config),
         batch=parts.run.batch,
         control=place.control,
         device=place.device,
@@ -184,7 +202,8 @@ def _teacher_shape(parts: Parts) -> Shape | None:
 
 
 def _shape(model: PreTrainedModel) -> Shape:
-    return Shape(model.config.hidden_size, model.config.num_hidden_layers)
+    config = model.config.get_text_config()
+    return Shape(config.hidden_size, config.num_hidden_layers, config.num_attention_heads)
 
 
 def _peak(device: torch.device, precision: str) -> float | None:

@@ -69,6 +69,13 @@ def newest(folder: Path) -> Path:
     return found[-1]
 
 
+def best(folder: Path) -> Path:
+    """The checkpoint of the step that an early stop found best, else the newest. Raises CheckpointError."""
+    last = newest(folder)
+    step = read_meta(last)["state"].get("best_step")
+    return next((path for path in complete_checkpoints(folder) if step_of(path) == step), last)
+
+
 class CheckpointStore:
     """The checkpoints of one run. All methods but ``settle`` are collective."""
 
@@ -76,6 +83,8 @@ class CheckpointStore:
         self.folder, self.keep = folder, keep
         self.incarnation = Incarnation(folder.parent, 0)
         self.last_bytes = 0
+        self.best_step: int | None = None
+        """whose checkpoint is kept"""
         self._control = control
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint-finisher")
         self._unfinished: Future[int] | None = None
@@ -217,7 +226,8 @@ class CheckpointStore:
     def _prune(self) -> None:
         whole = complete_checkpoints(self.folder)
         overtaken = {path.parent for path in self.folder.glob(f"step_*/{COMPLETE}")} - set(whole)
-        for path in [*overtaken, *whole[: -self.keep]]:
+        old = [path for path in whole[: -self.keep] if step_of(path) != self.best_step]
+        for path in [*overtaken, *old]:
             (path / COMPLETE).unlink()  # first, so that a kill half-way leaves no checkpoint that only looks whole
             shutil.rmtree(path, ignore_errors=True)
         for path in complete_checkpoints(self.folder)[:-1]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from transformers import PreTrainedModel
@@ -12,19 +12,22 @@ from transformers import PreTrainedModel
 from engine.config.terms import CrossEntropy
 from engine.data.loader import Loader
 from engine.data.shards import ShardSet
-from engine.evaluation import Evaluation, Evaluator, EvenlySpaced
-from engine.losses.objective import Objective, Shape
+from engine.evaluation import Evaluation, Evaluator, EvenlySpaced, held_out_limit
+from engine.losses.layers import Shape
+from engine.losses.objective import Objective
 from engine.parts import Parts, Place
-from engine.report import ModelResult, Prediction, Results, Word
-from engine.report.results import Role
+from engine.predicting import Shower
+from engine.report import ModelResult, Results
+from engine.report.results import BATCH_SEQUENCES, Role
 from engine.schema import Batch
 from engine.student.module import StudentWithObjective
+from engine.tasks.scores import Scores
 from engine.teacher.online import OnlineTeacher
 from engine.teacher.source import NoTeacher
 
-NUM_TEXTS, POSITIONS_PER_TEXT, NUM_GUESSES = 3, 2, 5
-CONTEXT_TOKENS = 40
-TIMED_PASSES = 12
+NUM_TEXTS = 3
+TIMED_PASSES, TIMED_SECONDS = 12, 10.0
+"""Of the models together: as many passes as go into the time, and two at least."""
 
 
 @dataclass(frozen=True)
@@ -41,20 +44,29 @@ def compare(contenders: list[Contender], parts: Parts, place: Place, manifest: s
     evaluations = {
         c.name: _evaluate(c.model, teacher, shards, parts, place) for c in contenders if c.model is not teacher
     }
-    batch = _first_batch(shards, parts, place)
-    seconds = _pass_seconds(contenders, batch, parts)
+    one, many = (_first_batch(shards, parts, place, size) for size in (1, BATCH_SEQUENCES))
+    seconds = {size: _pass_seconds(contenders, batch, parts) for size, batch in ((1, one), (BATCH_SEQUENCES, many))}
     results = []
     for contender in contenders:
         if contender.model is teacher:
             measured = next(iter(evaluations.values()))
-            scores: tuple[float | None, float | None] = (measured.teacher_loss, 1.0)
+            result = _result(contender, measured.teacher_loss, 1.0, measured.teacher)
         else:
             measured = evaluations[contender.name]
-            scores = (measured.student_loss, measured.agreement)
-        results.append(_result(contender, *scores, batch, seconds[contender.name]))
+            result = _result(contender, measured.student_loss, measured.agreement, measured.student)
+        batch_seconds = seconds[BATCH_SEQUENCES][contender.name]
+        result = replace(
+            result,
+            latency_seconds=seconds[1][contender.name],
+            batch_seconds=batch_seconds if many.input_ids.shape[0] == BATCH_SEQUENCES else None,
+            tokens_per_second=many.input_ids.numel() / batch_seconds,
+        )
+        results.append(result)
+    shower = Shower(parts.task, parts.tokenizer, shards.manifest.labels, shards.manifest.vocab_size)
+    few = _first_batch(shards, parts, place, NUM_TEXTS)
     return Results(
         models=tuple(results),
-        predictions=tuple(_predictions(contenders, batch, parts)),
+        predictions=tuple(shower.predictions({c.name: c.model for c in contenders}, few)),
         origins=tuple(parts.student.origins),
         num_heldout_tokens=next(iter(evaluations.values())).num_labels,
     )
@@ -74,7 +86,7 @@ def _evaluate(
         shards,
         parts.task,
         objective,
-        max_sequences=parts.run.config.evaluation.max_sequences,
+        max_sequences=held_out_limit(parts.run.config),
         batch=parts.run.batch,
         control=place.control,
         device=place.device,
@@ -89,10 +101,10 @@ def _evaluate(
             live.reader.release()
 
 
-def _first_batch(shards: ShardSet, parts: Parts, place: Place) -> Batch:
-    """A few held-out texts, spread over the shards."""
+def _first_batch(shards: ShardSet, parts: Parts, place: Place, size: int) -> Batch:
+    """So many held-out texts, or all of fewer, spread over the shards."""
     counts = shards.manifest.samples_per_shard
-    size = min(NUM_TEXTS, sum(counts))
+    size = min(size, sum(counts))
     loader = Loader(
         shards, EvenlySpaced(counts, size), parts.task.label, num_steps=1, global_sequences=size, micro_sequences=size
     )
@@ -104,7 +116,10 @@ def _first_batch(shards: ShardSet, parts: Parts, place: Place) -> Batch:
 def _pass_seconds(contenders: list[Contender], batch: Batch, parts: Parts) -> dict[str, float]:
     """Seconds of a forward pass over ``batch``: the fastest of several, taken in turns so that noise hits all alike."""
     best = {contender.name: math.inf for contender in contenders}
-    for _ in range(TIMED_PASSES):
+    began = time.perf_counter()
+    for number in range(TIMED_PASSES):
+        if number >= 2 and time.perf_counter() - began > TIMED_SECONDS:
+            break
         for contender in contenders:
             inputs = parts.task.model_inputs(batch, contender.model)
             begin = time.perf_counter()
@@ -115,9 +130,7 @@ def _pass_seconds(contenders: list[Contender], batch: Batch, parts: Parts) -> di
     return best
 
 
-def _result(
-    contender: Contender, loss: float | None, agreement: float | None, batch: Batch, seconds: float
-) -> ModelResult:
+def _result(contender: Contender, loss: float | None, agreement: float | None, scores: Scores | None) -> ModelResult:
     parameters = list(contender.model.parameters())
     return ModelResult(
         name=contender.name,
@@ -125,50 +138,7 @@ def _result(
         num_parameters=sum(p.numel() for p in parameters),
         weight_bytes=sum(p.numel() * p.element_size() for p in parameters),
         loss=loss,
-        perplexity=None if loss is None else math.exp(min(loss, 700.0)),
+        perplexity=None if loss is None or scores is not None else math.exp(min(loss, 700.0)),
         agreement=agreement,
-        latency_seconds=seconds / batch.input_ids.shape[0],
-        tokens_per_second=batch.input_ids.numel() / seconds,
+        scores=scores,
     )
-
-
-@torch.inference_mode()
-def _predictions(contenders: list[Contender], batch: Batch, parts: Parts) -> list[Prediction]:
-    """The likeliest words of each model at a few labelled positions."""
-    logits = {c.name: c.model(**parts.task.model_inputs(batch, c.model)).logits for c in contenders}
-    num_ids = parts.shards.manifest.vocab_size
-    predictions = []
-    for text in range(batch.input_ids.shape[0]):
-        positions = (batch.labels[text] != -100).nonzero().flatten().tolist()
-        for part in range(1, POSITIONS_PER_TEXT + 1):
-            position = positions[part * (len(positions) - 1) // (POSITIONS_PER_TEXT + 1)]
-            guesses = {}
-            for name, scores in logits.items():
-                best = scores[text, position, :num_ids].float().softmax(0).topk(min(NUM_GUESSES, num_ids))
-                guesses[name] = tuple(
-                    Word(_text([index], parts), probability)
-                    for probability, index in zip(best.values.tolist(), best.indices.tolist())
-                )
-            before, after = _context(batch, text, position, parts)
-            truth = _text([int(batch.labels[text, position])], parts)
-            predictions.append(Prediction(before, truth, after, guesses))
-    return predictions
-
-
-def _context(batch: Batch, text: int, position: int, parts: Parts) -> tuple[str, str]:
-    """The words around a position, of its own document. A causal model's position is the one before the word."""
-    same = batch.segment_ids[text] == batch.segment_ids[text, position]
-    ids = batch.input_ids[text]
-    causal = parts.task.kind == "causal_lm"
-    first = max(0, position - CONTEXT_TOKENS)
-    end = position + 1 if causal else position
-    before = [int(i) for i, inside in zip(ids[first:end], same[first:end]) if inside]
-    last = position + CONTEXT_TOKENS
-    after = (
-        [] if causal else [int(i) for i, inside in zip(ids[position + 1 : last], same[position + 1 : last]) if inside]
-    )
-    return _text(before, parts), "" if causal else _text(after, parts)
-
-
-def _text(ids: list[int], parts: Parts) -> str:
-    return str(parts.tokenizer.decode(ids))

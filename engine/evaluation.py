@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from engine.config.resolve import BatchPlan
+from engine.config.run import RunConfig
 from engine.data.loader import Loader, Shards
 from engine.data.order import Location
 from engine.dist import Control
@@ -24,6 +25,7 @@ from engine.tasks.scores import Scores
 from engine.tasks.task import Task
 from engine.teacher.source import TargetSource
 
+TEXT_SEQUENCES = 1024
 Forward = Callable[[Batch, Targets | None, StepContext], tuple[Tensor, Tensor, Tensor | None]]
 
 
@@ -46,6 +48,13 @@ class Evaluation:
     def student_perplexity(self) -> float:
         return math.exp(self.student_loss)
 
+    def measure(self, name: str) -> float:
+        """``loss``, or a measure of the task."""
+        if name == "loss":
+            return self.student_loss
+        assert self.student is not None, "others are refused before the run begins"
+        return self.student.measures[name]
+
     def to_record(self) -> dict[str, float]:
         record = {"eval/student_loss": self.student_loss}
         for role, scores in (("student", self.student), ("teacher", self.teacher)):
@@ -58,6 +67,12 @@ class Evaluation:
             if self.student is None:
                 record["eval/teacher_perplexity"] = math.exp(self.teacher_loss)
         return record
+
+
+def held_out_limit(config: RunConfig) -> int | None:
+    """Sequences to score at most."""
+    over_vocabulary = config.task.kind in ("masked_lm", "causal_lm")
+    return config.evaluation.max_sequences or (TEXT_SEQUENCES if over_vocabulary else None)
 
 
 class EvenlySpaced:
@@ -86,14 +101,14 @@ class Evaluator:
         task: Task,
         objective: Objective,
         *,
-        max_sequences: int,
+        max_sequences: int | None,
         batch: BatchPlan,
         control: Control,
         device: torch.device,
     ) -> None:
         ranks = control.ranks
         counts = shards.manifest.samples_per_shard
-        count = min(max_sequences, sum(counts))
+        count = min(max_sequences or sum(counts), sum(counts))
         local = -(-count // ranks.world_size)
         self._num_passes = -(-local // batch.micro_sequences)  # the same on every rank
         micro = -(-local // self._num_passes)

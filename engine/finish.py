@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from engine.cache.journal import fold
-from engine.checkpoint import newest, read_meta
+from engine.checkpoint import best, read_meta
 from engine.compare import Contender, compare
 from engine.config.run import RunConfig, StudentSection, TeacherSection
 from engine.config.terms import CrossEntropy, Ramp, Term
@@ -29,12 +29,13 @@ from engine.zero import consolidate
 log = logging.getLogger("stillhouse")
 
 
-def finish_run(parts: Parts, folder: Path, device: torch.device, finished: bool) -> None:
-    """Export and score the student of a run that reached its end; write the report in any case."""
+def finish_run(parts: Parts, folder: Path, device: torch.device, finished: bool, alone: bool = False) -> None:
+    """Export and score the student of a run that reached its end; write the report in any case. ``alone``: neither
+    teacher nor control is scored beside it."""
     results = None
     if finished:
-        student = load_student(folder, newest(folder / "checkpoints"), parts.task.kind)
-        results = score_student(student, parts, device)
+        student = load_student(folder, best(folder / "checkpoints"), parts.task.kind)
+        results = score_student(student, parts, device, alone=alone)
         export_run(student, folder, folder / "export", parts.run.config, results)
     path = write_report(folder, results=results)
     log.info("report: %s", path)
@@ -53,7 +54,7 @@ def load_student(folder: Path, checkpoint: Path, task: str) -> PreTrainedModel:
 def evaluate_run(
     folder: Path, checkpoint: Path | None, manifest: str | None, control: str | None, overrides: Sequence[str]
 ) -> list[str]:
-    """Score a checkpoint (the newest, if None), write results and report, and give the lines of a table.
+    """Score a checkpoint (the best or newest, if None), write results and report, and give the lines of a table.
 
     Raises CheckpointError when there is no such checkpoint, ConfigError when there is no held-out text.
     """
@@ -61,7 +62,7 @@ def evaluate_run(
     config = _without_training(config)
     if manifest is None and config.evaluation.manifest is None:
         raise ConfigError(f"{folder}: the run has no evaluation.manifest; give --manifest HELDOUT/manifest.json")
-    checkpoint = checkpoint or newest(folder / "checkpoints")
+    checkpoint = checkpoint or best(folder / "checkpoints")
     read_meta(checkpoint)
     ranks = Ranks(0, 1, 0)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -93,17 +94,18 @@ def score_student(
     device: torch.device,
     manifest: str | None = None,
     control: str | None = None,
+    alone: bool = False,
 ) -> Results | None:
     """Score student, teacher and control on one rank. None when there is no held-out text."""
     config = parts.run.config
-    manifest = manifest or config.evaluation.manifest
+    manifest = manifest or config.evaluation.test_manifest or config.evaluation.manifest
     control = control or config.evaluation.control
     if manifest is None:
         return None
     contenders = []
-    if (teacher := _teacher(parts, device)) is not None:
+    if not alone and (teacher := _teacher(parts, device)) is not None:
         contenders.append(Contender("teacher", "teacher", teacher))
-    if control is not None:
+    if not alone and control is not None:
         section = StudentSection(model=control, attention=config.student.attention)
         twin = load_model(section, MODEL_CLASSES[parts.task.kind], torch.float32, "evaluation.control")
         contenders.append(Contender("control", "control", move(twin, device)))

@@ -26,7 +26,7 @@ from engine.models import DTYPES, MODEL_CLASSES
 from engine.schema import map_tensors
 from engine.sharing import read_by_main
 from engine.student.build import BuiltStudent, build_student
-from engine.student.freezing import freeze
+from engine.student.freezing import freeze, freeze_fixed_positions
 from engine.tasks.labelled_trial import check_few_classes
 from engine.tasks.packing_trial import check_packing, check_positions, toy_inputs
 from engine.tasks.task import Task, build_task
@@ -78,20 +78,26 @@ def accelerator_of(device: torch.device) -> Accelerator:
     return Accelerator("cuda", ("bf16", "fp16", "fp32") if has_bf16 else ("fp16", "fp32"))
 
 
-def build_parts(config: RunConfig, place: Place) -> Parts:
-    """Resolve the run, load its models, and check that all of it fits together. Needs no DeepSpeed."""
+def check_run_against_data(config: RunConfig, place: Place) -> tuple[ResolvedRun, ShardSet]:
+    """What can be refused before any model is loaded. Collective. Raises ConfigError and DataError."""
     CLIENT.set_patience(config.data.retry_seconds, config.data.server_timeout_seconds)
     shards = open_shards(config.data.manifest, config.data.allow_pipe, place)
-    manifest = shards.manifest
     content, name = read_deepspeed_json(config.zero)
     run = resolve(
         config,
         world_size=place.ranks.world_size,
         accelerator=accelerator_of(place.device),
-        data=manifest.facts,
+        data=shards.manifest.facts,
         deepspeed_json=content,
         deepspeed_name=name,
     )
+    return run, shards
+
+
+def build_parts(config: RunConfig, place: Place) -> Parts:
+    """Resolve the run, load its models, and check that all of it fits together. Needs no DeepSpeed."""
+    run, shards = check_run_against_data(config, place)
+    manifest = shards.manifest
     log.info(
         "%s: %s steps of %s x %s tokens on %d %s; ZeRO-%d, %s",
         config.run.name,
@@ -114,6 +120,7 @@ def build_parts(config: RunConfig, place: Place) -> Parts:
         _check_labels(teacher, manifest)
     cache = _cache(config, shards, place, run.teacher_precision, teacher) if config.teacher.kind == "cached" else None
     student = build_student(config.student, model_class, config.run.seed, teacher, manifest.labels)
+    freeze_fixed_positions(student.model)
     if config.freeze:
         log.info("student: %s weights are not trained", f"{freeze(student.model, config.freeze):,}")
     if config.run.gradient_checkpointing:

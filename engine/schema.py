@@ -145,6 +145,22 @@ class Head:
 
 
 @dataclass(frozen=True)
+class LayerAttention:
+    """What a layer's attention computes with, after rotary positions."""
+
+    query: Tensor
+    """[B, heads, T, d]"""
+    key: Tensor
+    """[B, heads or fewer, T, d]"""
+    value: Tensor
+    """[B, heads or fewer, T, d]"""
+    scale: float
+    """of the products of queries and keys"""
+    causal: bool
+    """positions attend to themselves and those before them alone"""
+
+
+@dataclass(frozen=True)
 class DenseTargets:
     """The teacher's last hidden states at the selected rows, with its head: logits are formed chunk by chunk."""
 
@@ -153,6 +169,10 @@ class DenseTargets:
     head: Head
     hidden_states: tuple[Tensor, ...] = ()
     """[B, T, G] for the embeddings (0) and each layer, when a term asks for them"""
+    attention: tuple[LayerAttention, ...] = ()
+    """of the layers that terms ask for, in their order"""
+    even_pairs: Tensor | None = None
+    """[P, 2] ids whose probabilities are evened out before they are learned"""
 
 
 @dataclass(frozen=True)
@@ -163,6 +183,8 @@ class LogitTargets:
     """[N, C]: C classes, or T places of which one is to be found"""
     hidden_states: tuple[Tensor, ...] = ()
     """[B, T, G] for the embeddings (0) and each layer, when a term asks for them"""
+    attention: tuple[LayerAttention, ...] = ()
+    """of the layers that terms ask for, in their order"""
 
 
 @dataclass(frozen=True)
@@ -218,3 +240,5 @@ class Answer:
     """[N, C] where there are few classes: at the rows with a label"""
     hidden_states: tuple[Tensor, ...] = ()
     """[B, T, H] for the embeddings (0) and each layer, when a term asks for them"""
+    attention: tuple[LayerAttention, ...] = ()
+    """of the layers that terms ask for, in their order"""

@@ -28,6 +28,12 @@ class TrainState:
     plateau_evaluations: int = 0
     """evaluations since then, for the plateau schedule"""
     plateau_factor: float = 1.0
+    best_value: float | None = None
+    """of the measure that decides about an early stop"""
+    best_step: int | None = None
+    """where it was reached"""
+    evaluations_since_best: int = 0
+    stopped_early: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -35,6 +41,15 @@ class TrainState:
     @staticmethod
     def from_dict(content: dict[str, Any]) -> TrainState:
         return TrainState(**content)
+
+    def note_measure(self, measure: str, value: float, patience: int) -> bool:
+        """Whether ``value`` is the best so far; after ``patience`` evaluations without a better one the run ends."""
+        if is_better(measure, value, self.best_value):
+            self.best_value, self.best_step, self.evaluations_since_best = value, self.step, 0
+            return True
+        self.evaluations_since_best += 1
+        self.stopped_early = self.evaluations_since_best >= patience
+        return False
 
     def note_evaluation(self, loss: float, *, patience: int, factor: float, floor: float) -> None:
         """Keep the best held-out loss, and cut the plateau factor after ``patience`` evaluations without a better."""
@@ -45,6 +60,13 @@ class TrainState:
         if self.plateau_evaluations >= patience:
             self.plateau_evaluations = 0
             self.plateau_factor = max(floor, self.plateau_factor * factor)
+
+
+def is_better(measure: str, value: float, best: float | None) -> bool:
+    """A loss gets better by falling, every other measure by rising."""
+    if best is None:
+        return True
+    return value < best if measure == "loss" else value > best
 
 
 def rng_state() -> dict[str, Any]:

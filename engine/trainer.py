@@ -11,7 +11,9 @@ from typing import Any, Protocol
 
 import torch
 
+from engine.callbacks import Callbacks
 from engine.checkpoint import CheckpointStore
+from engine.config.measures import MEASURES
 from engine.config.resolve import ResolvedRun
 from engine.data.client import CLIENT, Traffic
 from engine.dist import Control, StopSignal
@@ -61,6 +63,7 @@ class Trainer:
     watch: Watch
     records: RecordMaker
     show_progress: Callable[[int, dict[str, str]], None]
+    callbacks: Callbacks
     checkpoint_meta: dict[str, Any]
     # what moves
     state: TrainState
@@ -74,7 +77,8 @@ class Trainer:
         self.session_start = time.perf_counter() - self.state.elapsed_seconds
 
     def train(self) -> bool:
-        """Train to the last step. Returns False when a signal asked to stop before; a checkpoint is written either way.
+        """Train to the last step, or to an early stop. Returns False when a signal asked to stop before; a checkpoint
+        is written either way.
 
         Raises TrainingError for a loss or gradient that is not finite, DataError for damaged data, CheckpointError
         for a failed save: on all ranks, with the same text.
@@ -83,7 +87,7 @@ class Trainer:
         self.records.begin(self.state)
         self.watch.now.step = self.state.step
         with closing(self.loader.steps(self.state.step)) as batches:
-            while self.state.step < last:
+            while self.state.step < last and not self.state.stopped_early:
                 fetched = self._fetch(batches)
                 context, stop = self._agree(fetched)
                 assert isinstance(fetched, StepBatches)
@@ -92,18 +96,25 @@ class Trainer:
                 step = self.watch.now.step = self.state.step
                 if context.with_metrics:
                     self._record(fetched.epoch)
+                is_best = False
                 if self.evaluator and config.evaluation.every_steps and step % config.evaluation.every_steps == 0:
-                    self._evaluate()
-                if stop or step == last or step % config.checkpoint.every_steps == 0:
+                    is_best = self._evaluate()
+                ends = step == last or self.state.stopped_early
+                if stop or ends or is_best or step % config.checkpoint.every_steps == 0:
                     self._save()
                 if stop:
                     log.info("stopping at step %d: %s was received; run the same command to resume", step, stop)
                     break
         self.store.finish_writing()
-        return self.state.step >= last
+        if self.state.stopped_early:
+            log.info("stopped early: held-out data were best after step %s", f"{self.state.best_step:,}")
+        return self.state.step >= last or self.state.stopped_early
 
     def _fetch(self, batches: Generator[StepBatches, None, None]) -> StepBatches | StillhouseError:
         """An error of this rank is carried to the agreement, where no rank is left waiting."""
+        if self.callbacks.problem is not None:
+            return self.callbacks.problem
+        self.stop.received = self.stop.received or self.callbacks.asked_to_stop
         try:
             with self.timer.phase("data", on_device=False):
                 step = next(batches)
@@ -201,6 +212,7 @@ class Trainer:
         record |= self._compare_ranks(record)
         self.tracker.record(self.state.step, record)
         self.show_progress(self.state.step, self.records.headline(record))
+        self.callbacks.record(self.state.step, record)
 
     def _compare_ranks(self, record: dict[str, float]) -> dict[str, float]:
         """A slow host shows in what its ranks do without waiting for others. They tell it with their signs of life,
@@ -215,18 +227,25 @@ class Trainer:
             log.warning("slow, in seconds of a step's own work: %s; the median of all ranks is %.3f s", told, middle)
         return {"ranks/median_own_seconds": middle, "ranks/num_slow": float(len(slow))} if middle else {}
 
-    def _evaluate(self) -> None:
+    def _evaluate(self) -> bool:
+        """Whether the student is the best so far, of a run that may stop early."""
         assert self.evaluator is not None
         self.watch.doing("evaluation")
         self.engine.train(False)
         result = self.evaluator.score(self.engine, self.source)
         self.engine.train(True)
         self.tracker.record(self.state.step, result.to_record())
+        self.callbacks.evaluation(self.state.step, result.to_record())
         section = self.run.config.schedule
         if section.kind == "plateau":
             self.state.note_evaluation(
                 result.student_loss, patience=section.patience, factor=section.factor, floor=section.final_fraction
             )
+        early_stop = self.run.config.early_stop
+        if early_stop is None:
+            return False
+        measure = early_stop.measure or MEASURES[self.run.config.task.kind][0]
+        return self.state.note_measure(measure, result.measure(measure), early_stop.patience)
 
     def _save(self) -> None:
         self.watch.doing("checkpoint")
@@ -236,9 +255,11 @@ class Trainer:
         begin = time.perf_counter()
         self.state.elapsed_seconds = begin - self.session_start
         meta = self.checkpoint_meta | {"state": self.state.to_dict()}
+        self.store.best_step = self.state.best_step
         self.store.save(
             self.state.step, self.engine.save, {"rng": rng_state(), "num_bad_samples": self.local_bad}, meta
         )
         stall = time.perf_counter() - begin
         self.tracker.record(self.state.step, {"seconds/checkpoint_stall": stall})
         log.info("checkpoint at step %d: training waited %.2f s", self.state.step, stall)
+        self.callbacks.checkpoint(self.state.step)

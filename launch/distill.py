@@ -19,6 +19,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, help="the run YAML")
     parser.add_argument("--resume", default="auto", help="auto, never, or the folder of a checkpoint (default: auto)")
+    parser.add_argument("--from-stage", metavar="NAME", help="of a run in stages: do this one and those after it again")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # appended by the deepspeed launcher
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="settings that replace the YAML's")
     return parser.parse_intermixed_args()
@@ -28,7 +29,7 @@ def main() -> int:
     arguments = parse_arguments()
     from engine.distiller import Distiller  # after the arguments: --help answers at once
 
-    Distiller(arguments.config, arguments.overrides, arguments.resume).fit()
+    Distiller(arguments.config, arguments.overrides, arguments.resume, arguments.from_stage).fit()
     return 0
 
 

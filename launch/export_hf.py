@@ -25,14 +25,14 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> int:
     arguments = parse_arguments()
     setup(rank=0)
-    from engine.checkpoint import newest, read_meta
+    from engine.checkpoint import best, read_meta
     from engine.finish import export_run, load_student
     from engine.report import Results
     from engine.runfolder import read_config
 
     folder: Path = arguments.run
     config = read_config(folder)
-    checkpoint = arguments.checkpoint or newest(folder / "checkpoints")
+    checkpoint = arguments.checkpoint or best(folder / "checkpoints")
     read_meta(checkpoint)
     student = load_student(folder, checkpoint, config.task.kind)
     results = Results.load(folder) if arguments.checkpoint is None else None

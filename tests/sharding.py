@@ -67,7 +67,8 @@ def save_tokenizer(folder: Path, *, masked: bool) -> Path:
     inner = Tokenizer(models.WordLevel({w: i for i, w in enumerate(special + WORDS)}, unk_token=special[masked]))
     inner.pre_tokenizer = pre_tokenizers.Whitespace()
     if masked:
-        inner.post_processor = processors.TemplateProcessing("[CLS] $A [SEP]", None, [("[CLS]", 2), ("[SEP]", 3)])
+        pair = "[CLS] $A [SEP] $B:1 [SEP]:1"
+        inner.post_processor = processors.TemplateProcessing("[CLS] $A [SEP]", pair, [("[CLS]", 2), ("[SEP]", 3)])
         names = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
         names["mask_token"] = "[MASK]"
     else:
@@ -113,7 +114,7 @@ def pieces_of(folder: Path) -> list[list[int]]:
 
 def flip_a_bit(shard: Path, sample: int = 20) -> None:
     """In a token of a sample: no header tells of it, the checksum of the record does."""
-    offset, num_bytes, _ = np.load(shard.with_suffix(".index.npy"))[sample]
+    offset, num_bytes, *_ = np.load(shard.with_suffix(".index.npy"))[sample]
     content = bytearray(shard.read_bytes())
     content[offset + num_bytes - 512 + 128 + 3] ^= 0x10
     shard.write_bytes(content)

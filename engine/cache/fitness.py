@@ -10,7 +10,7 @@ from engine.cache.codec import read_codec
 from engine.cache.identity import CacheIdentity
 from engine.config.cache import HiddenSection, SampledSection
 from engine.config.run import RunConfig, TaskSection
-from engine.config.terms import AnyTerm, HiddenTerm, LogitTerm, Ramp
+from engine.config.terms import AnyTerm, AttentionTerm, HiddenTerm, LogitTerm, Ramp, RelationTerm
 from engine.errors import CacheError
 
 log = logging.getLogger("stillhouse")
@@ -49,6 +49,8 @@ def _problems(term: AnyTerm, identity: CacheIdentity, tail: str) -> Sequence[str
         if isinstance(codec, HiddenSection):
             return _hidden_problems(term, codec)
         return ["it needs hidden states; make a cache with codec hidden and its layers, or ask a teacher online"]
+    if isinstance(term, AttentionTerm | RelationTerm):
+        return ["a cache keeps no attention; ask a teacher online"]
     if not isinstance(term, LogitTerm):
         return []
     found = []

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from engine.config.measures import MEASURES
 from engine.config.run import RunConfig, ScheduleSection, TaskSection, TeacherSection
-from engine.config.terms import LogitTerm, Ramp, Term
+from engine.config.terms import AttentionTerm, LogitTerm, Ramp, RelationTerm, Term
 from engine.errors import ConfigError
 
 LABEL_TERMS = frozenset({"cross_entropy"})
@@ -27,10 +28,13 @@ def check_run(config: RunConfig, num_steps: int) -> None:
         _teacher(config),
         _placement(config.teacher),
         _quantize(config.teacher),
+        _attention(config),
         _ramps(config, num_steps),
         _schedule(config, num_steps),
         _evaluation(config),
+        _early_stop(config),
         _masking(config),
+        _even_pairs(config),
         _few_classes(config),
     )
     if found := [problem for check in checks for problem in check]:
@@ -92,6 +96,14 @@ def _placement(teacher: TeacherSection) -> Iterator[str]:
         yield "teacher.offload: cpu does not go with placement: tensor_parallel; use placement: zero3"
 
 
+def _attention(config: RunConfig) -> Iterator[str]:
+    found = [
+        f"losses.{i} ({t.kind})" for i, t in enumerate(config.losses) if isinstance(t, AttentionTerm | RelationTerm)
+    ]
+    if found and config.teacher.placement == "tensor_parallel":
+        yield f"{', '.join(found)} needs whole heads, which placement: tensor_parallel cuts; use replicated or zero3"
+
+
 def _quantize(teacher: TeacherSection) -> Iterator[str]:
     if teacher.quantize != "none" and (teacher.placement != "replicated" or teacher.offload != "none"):
         yield (
@@ -150,12 +162,32 @@ def _evaluation(config: RunConfig) -> Iterator[str]:
         yield f"evaluation.every_steps = {config.evaluation.every_steps}, but there is no evaluation.manifest to score"
 
 
+def _early_stop(config: RunConfig) -> Iterator[str]:
+    if config.early_stop is None:
+        return
+    if config.evaluation.manifest is None or config.evaluation.every_steps is None:
+        yield "early_stop looks at held-out data; set evaluation.manifest and evaluation.every_steps"
+    known = MEASURES[config.task.kind]
+    if config.early_stop.measure not in (None, *known):
+        yield f"early_stop.measure: {config.early_stop.measure}: {config.task.kind} is measured by {', '.join(known)}"
+
+
 def _masking(config: RunConfig) -> Iterator[str]:
     if config.task.kind == "masked_lm":
         return
     for name in _changed(config.task):
         if name.startswith("mask_"):
             yield f"task.{name} has no effect with task.kind: {config.task.kind}"
+
+
+def _even_pairs(config: RunConfig) -> Iterator[str]:
+    if config.teacher.even_pairs and (
+        config.teacher.kind != "online" or config.task.kind not in ("masked_lm", "causal_lm")
+    ):
+        yield (
+            "teacher.even_pairs evens out what an online teacher says of the vocabulary; it needs teacher.kind: online "
+            f"and task.kind: masked_lm or causal_lm, found {config.teacher.kind} and {config.task.kind}"
+        )
 
 
 def _few_classes(config: RunConfig) -> Iterator[str]:

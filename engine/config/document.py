@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from annotated_types import Ge, Gt, Le, Lt
 from pydantic.fields import FieldInfo
 
+from engine.config import stages
 from engine.config.cache import CacheSection, CodecSection
 from engine.config.run import RunConfig
 from engine.config.section import Section
@@ -23,6 +24,10 @@ One file says what a run does; the DeepSpeed JSON named by `zero` says how it is
 that the run owns. Unknown, misspelt and repeated keys are errors with their line. On the command line
 `key.path=value` replaces a value, and the items of a list go by index: `losses.0.weight=2`.
 """
+_STAGES = f"""## stages
+
+{stages.__doc__.partition(chr(10))[2].strip() if stages.__doc__ else ""}
+"""
 _PLAIN = {int: "whole number", float: "number", str: "text", bool: "true or false"}
 _BOUNDS = ((Ge, "ge", "at least"), (Gt, "gt", "above"), (Le, "le", "at most"), (Lt, "lt", "below"))
 
@@ -32,18 +37,27 @@ def document() -> str:
     parts = [_INTRODUCTION]
     plain: dict[str, FieldInfo] = {}
     for name, field in RunConfig.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
-            parts.append(_section(f"## {name}", field.annotation))
-            if field.annotation is CacheSection:
+        if (section := _section_in(field.annotation)) is not None:
+            parts.append(_section(f"## {name}", section))
+            if section is CacheSection:
                 parts += [_kinds("###", codec) for codec in get_args(get_args(CodecSection)[0])]
         elif name != "losses":
             plain[name] = field
     parts.append("\n".join(_losses()))
+    parts.append(_STAGES)
     for name, field in plain.items():
         parts.append(
             f"## {name}\n\n{_text(field)} {_type(field.annotation).capitalize()}; default {_default(field)}.\n"
         )
     return "\n".join(parts)
+
+
+def _section_in(annotation: Any) -> type[Section] | None:
+    """The section that a field holds, also one that may be left out."""
+    for each in (annotation, *get_args(annotation)):
+        if isinstance(each, type) and issubclass(each, Section):
+            return each
+    return None
 
 
 def _losses() -> Iterator[str]:

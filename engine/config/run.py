@@ -11,6 +11,7 @@ from pydantic import Field, model_validator
 
 from engine.config.cache import CacheSection
 from engine.config.cluster import ClusterSection
+from engine.config.following import CheckpointSection, EarlyStopSection, EvaluationSection, TrackingSection
 from engine.config.section import Beta, Count, Fraction, NonNegative, Section
 from engine.config.terms import AnyTerm
 
@@ -85,24 +86,38 @@ class ModelSection(Section):
 
 
 class StudentSection(ModelSection):
-    """Where the student comes from: exactly one of `model`, `config` and `init: teacher_layers`."""
+    """Where the student comes from: exactly one of `model`, `config` and `init: teacher_layers`; `init: svd_embeddings`
+    goes with one of the first two."""
 
     config: str | dict[str, Any] | None = None
     """A transformers config (folder, hub id, .json file, or a mapping with `model_type`): fresh weights."""
-    init: Literal["teacher_layers"] | None = None
-    """Copy the teacher's embeddings, head and the layers named in `layers`."""
+    init: Literal["teacher_layers", "svd_embeddings"] | None = None
+    """`teacher_layers`: copy the teacher's embeddings, head and the layers named in `layers`. `svd_embeddings`: fill
+    the word embeddings of a narrower student with the teacher's, cut to its width by their singular values."""
     layers: Count | tuple[int, ...] | None = None
     """Teacher layers to copy: a list of indices, or a count spread evenly from the first to the last."""
+    architecture: Literal["distilbert"] | None = None
+    """With `init: teacher_layers`, the architecture that the layers are put into: `distilbert` makes a DistilBERT of a
+    BERT. Default: the teacher's own."""
+    sinusoidal_positions: bool = False
+    """With `architecture: distilbert`: fixed sine waves in the place of the teacher's position embeddings."""
 
     @model_validator(mode="after")
     def _one_origin(self) -> StudentSection:
-        origins = [name for name in ("model", "config", "init") if getattr(self, name) is not None]
+        copies = self.init == "teacher_layers"
+        origins = [name for name in ("model", "config") if getattr(self, name) is not None]
+        origins += ["init: teacher_layers"] if copies else []
         if len(origins) != 1:
             raise ValueError(
-                f"give exactly one of student.model, student.config and student.init, found {origins or 'none'}"
+                "give exactly one of student.model, student.config and student.init: teacher_layers, found "
+                f"{origins or 'none'}"
             )
-        if (self.init is None) != (self.layers is None):
+        if copies != (self.layers is not None):
             raise ValueError("student.layers goes with student.init: teacher_layers")
+        if self.architecture is not None and not copies:
+            raise ValueError("student.architecture goes with student.init: teacher_layers")
+        if self.sinusoidal_positions and self.architecture is None:
+            raise ValueError("student.sinusoidal_positions goes with student.architecture: distilbert")
         return self
 
 
@@ -131,6 +146,9 @@ class TeacherSection(ModelSection):
     """Precision of the teacher. `auto` is the student's."""
     quantize: Literal["none", "int8"] = "none"
     """`int8`: the weights of its linear layers in 8 bits, each row with a scale of its own; needs torchao."""
+    even_pairs: tuple[tuple[str | int, str | int], ...] = ()
+    """Pairs of tokens, as text or ids, whose probabilities by an online teacher are evened out before they are learned:
+    [[he, she], [his, her]]. The constraint of FairDistillation."""
     overlap: bool = False
     """On a GPU, ask a `replicated` teacher about the next micro-batch of a step while the student works on this one, on
     a stream of its own. Costs one more micro-batch of teacher states. On a CPU it changes nothing."""
@@ -225,55 +243,6 @@ class ScheduleSection(Section):
     """multi_step and plateau: the multiplier."""
     patience: Count = 3
     """plateau: evaluations without a better held-out loss before the rate falls."""
-
-
-class EvaluationSection(Section):
-    """Held-out text, scored during and after the run."""
-
-    manifest: str | None = None
-    """manifest.json of the held-out shards. None: no evaluation."""
-    every_steps: Count | None = None
-    """Evaluate this often as well as at the end."""
-    max_sequences: Count = 1024
-    """Sequences to score at most."""
-    control: str | None = None
-    """Exported folder of the student's twin that was trained without a teacher: scored and shown beside it."""
-
-
-class EarlyStopSection(Section):
-    """An end of the run before its last step, when held-out data no longer get better; the best student is kept."""
-
-    measure: str | None = None
-    """What is judged at each evaluation: `loss`, or a measure of the task, such as `f1` or `accuracy`. Default: the one
-    that the task is judged by."""
-    patience: Count = 3
-    """Evaluations without a better value before the run ends."""
-
-
-class CheckpointSection(Section):
-    """When to save and what to keep."""
-
-    every_steps: Count = 500
-    """Steps between checkpoints; the last step always has one."""
-    keep: Annotated[int, Field(ge=2)] = 2
-    """Complete checkpoints kept. Never fewer than two: the newest may be the one that a fault hit."""
-
-
-class TrackingSection(Section):
-    """What is written while the run goes on. metrics.jsonl is always written."""
-
-    every_steps: Count = 10
-    """Steps between records."""
-    wandb: Literal["disabled", "offline", "online"] = "disabled"
-    """Weights & Biases. The run keeps its id over a resume; an outage never stops training."""
-    wandb_project: str = "stillhouse"
-    """Project of the wandb run."""
-    wandb_entity: str | None = None
-    """Team of the wandb run."""
-    wandb_group: str | None = None
-    """Group of the wandb run. Default: none, or for the stages of a run its name."""
-    tensorboard: bool = False
-    """Event files below the run folder."""
 
 
 class RunConfig(Section):

@@ -1,4 +1,6 @@
-"""A run in stages: `stages` in the run YAML, each laid over the rest of the file, becomes one whole run a stage.
+"""A run in stages: each laid over the rest of the file becomes one whole run.
+
+`stages` in the run YAML is a list; each item has a `name` and any keys of the file but `task`, `student` and `zero`:
 
     stages:
       - name: hidden
@@ -7,8 +9,11 @@
         unfreeze: [head, layers 3-5, layers 0-2, embeddings]      # four stages: each trains one part more
         run: {num_steps: 200}                                     # of each
 
-A stage's mappings are merged with those of the file, key by key; its lists and plain values take their place, and so
-does a section of another `kind`. The student of a later stage is what the one before it exported.
+A stage's sections are merged with those of the file, key by key; its lists and plain values take their place, and so
+does a section of another `kind`. `unfreeze` stands for as many stages as it has parts: all parts that come later in the
+list are frozen. The student of a later stage is what the one before it exported, with the best held-out data where
+`early_stop` says so. Each stage is a run of its own in `runs/NAME/stages/`; the same command goes on in the stage that
+was killed.
 """
 
 from __future__ import annotations
@@ -26,7 +31,7 @@ STAGES, UNFREEZE = "stages", "unfreeze"
 FOLDER = "stages"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _LENGTHS = ("num_steps", "num_epochs")
-_OF_THE_WHOLE = ("task", "student", "stages")
+_OF_THE_WHOLE = ("task", "student", "zero", "stages")
 """What every stage shares."""
 _KEPT_OF_STUDENT = ("attention", "trust_remote_code")
 

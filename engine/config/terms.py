@@ -128,7 +128,39 @@ class HiddenTerm(Term):
     """`all`: every real token. `masked`: positions with a label."""
 
 
+class AttentionTerm(Term):
+    """Comparison of attention maps, over the real tokens and as the mean over heads. Both models need as many heads."""
+
+    kind: Literal["attention_kl", "attention_mse"]
+    layers: Literal["last", "spread"] | tuple[tuple[int, int], ...] = "last"
+    """As for hidden terms; layers count from 1."""
+
+
+class RelationTerm(Term):
+    """KL between the relations of values (or queries, or keys) to each other: softmax(v v^T / sqrt(d)), MiniLM's second
+    term. Heads and widths of the two models may differ."""
+
+    kind: Literal["relation_kl"]
+    of: tuple[Literal["query", "key", "value"], ...] = ("value",)
+    """What is related to itself; the term is the mean over them."""
+    heads: Count | None = None
+    """Heads of equal width that both models' states are cut into. Default: the student's number of heads."""
+    layers: Literal["last", "spread"] | tuple[tuple[int, int], ...] = "last"
+    """As for hidden terms; layers count from 1."""
+
+
+LayerTerm = HiddenTerm | AttentionTerm | RelationTerm
+"""Compare layers, not logits."""
 AnyTerm = Annotated[
-    ForwardKL | ReverseKL | JensenShannon | SkewKL | TotalVariation | LogitsMSE | CrossEntropy | HiddenTerm,
+    ForwardKL
+    | ReverseKL
+    | JensenShannon
+    | SkewKL
+    | TotalVariation
+    | LogitsMSE
+    | CrossEntropy
+    | HiddenTerm
+    | AttentionTerm
+    | RelationTerm,
     Field(discriminator="kind"),
 ]

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from engine.losses.block import METRICS, Block, LogitLoss, Teacher
-from engine.losses.head import head_logits
+from engine.losses.head import even_out, head_logits
 from engine.losses.scratch import Scratch
 from engine.schema import DenseTargets, Head, SparseTargets, Targets, map_tensors
 
@@ -86,6 +86,8 @@ class _FusedHead(torch.autograd.Function):
             teacher = _rows(inputs.targets, rows) if isinstance(inputs.targets, SparseTargets) else None
             if dense is not None and teacher_buffer is not None:
                 teacher = head_logits(dense.hidden[rows], dense.head, num_ids, out=teacher_buffer[: h.shape[0]])
+                if dense.even_pairs is not None:
+                    even_out(teacher, dense.even_pairs)
             logits_to_gradient(logits, teacher, inputs.labels[rows], head, inputs, raw, metrics, scratch)
             if d_hidden is None:
                 continue

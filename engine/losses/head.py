@@ -6,6 +6,7 @@ loss gets the states h for which h W^T + b are the logits. Parameter names stay 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -103,6 +104,15 @@ def head_logits(hidden: Tensor, head: Head, num_ids: int, out: Tensor | None = N
     if head.softcap is not None:
         logits.div_(head.softcap).tanh_().mul_(head.softcap)
     return logits
+
+
+@torch.no_grad()
+def even_out(logits: Tensor, pairs: Tensor) -> None:
+    """Give both ids of each pair the mean of their probabilities, in place: FairDistillation (Delobelle and Berendt,
+    arXiv 2207.04546). ``logits`` [N, V], ``pairs`` [P, 2]; no id is in two pairs."""
+    mean = logits[:, pairs].logsumexp(dim=2) - math.log(2.0)
+    for side in (0, 1):
+        logits[:, pairs[:, side]] = mean
 
 
 def _product(hidden: Tensor, weight: Tensor, out: Tensor) -> None:

@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from engine.config.terms import AnyTerm, CrossEntropy, HiddenTerm, LogitTerm, Ramp, Scheduled
-from engine.errors import ConfigError
+from engine.config.terms import AnyTerm, CrossEntropy, LayerTerm, LogitTerm, Ramp, Scheduled
 from engine.losses.block import METRICS, LogitLoss
 from engine.losses.few import few_classes_loss
 from engine.losses.fused import FusedInputs, fused_head_loss
-from engine.losses.hidden import HIDDEN_LOSSES, layer_pairs, select_rows
+from engine.losses.hidden import select_rows
+from engine.losses.layers import LayerComparisons, Shape, over_all_tokens
 from engine.schedule import between
 from engine.schema import Answer, Batch, Head, SparseTargets, Targets
 
@@ -35,14 +35,6 @@ class StepContext:
     num_tokens: int
     """real tokens of the whole step"""
     with_metrics: bool = True
-
-
-@dataclass(frozen=True)
-class Shape:
-    """What the objective must know of a model."""
-
-    width: int
-    num_layers: int
 
 
 class HeadLoss(nn.Module):
@@ -63,17 +55,10 @@ class Objective(nn.Module):
         self.names = _names(self.terms)
         self.num_steps, self.num_ids = num_steps, num_ids
         self.head_loss = HeadLoss()
-        self.logit_terms = [i for i, term in enumerate(self.terms) if not isinstance(term, HiddenTerm)]
+        self.logit_terms = [i for i, term in enumerate(self.terms) if not isinstance(term, LayerTerm)]
         self.all_tokens = any(isinstance(t, LogitTerm) and t.restrict_to == "all" for t in self.terms)
-        self.pairs: dict[int, tuple[tuple[int, int], ...]] = {}
-        self.projections = nn.ModuleDict()
-        for i, term in enumerate(self.terms):
-            if isinstance(term, HiddenTerm):
-                assert teacher is not None, "hidden terms without a teacher are refused while resolving"
-                self.pairs[i] = _checked_pairs(i, term, student, teacher)
-                if student.width != teacher.width:
-                    for number in range(len(self.pairs[i])):
-                        self.projections[f"{i}_{number}"] = nn.Linear(student.width, teacher.width, bias=False)
+        self.comparisons = LayerComparisons(self.terms, student, teacher)
+        self.projections = self.comparisons.projections
 
     @property
     def needs_targets(self) -> bool:
@@ -82,7 +67,7 @@ class Objective(nn.Module):
 
     @property
     def needs_hidden_states(self) -> bool:
-        return bool(self.pairs)
+        return self.comparisons.needs_hidden_states
 
     @property
     def metric_names(self) -> list[str]:
@@ -92,7 +77,7 @@ class Objective(nn.Module):
     @property
     def over_tokens(self) -> list[bool]:
         """For each metric, whether it is a sum over all real tokens instead of the labelled ones."""
-        sets = [getattr(term, "restrict_to", "masked") == "all" for term in self.terms]
+        sets = [over_all_tokens(term) for term in self.terms]
         return sets + sets + [False] * len(METRICS)
 
     def rows(self, batch: Batch) -> Tensor:
@@ -140,17 +125,13 @@ class Objective(nn.Module):
             total, logit_raw, metrics = few_classes_loss(answer.logits, inputs)
         loss = total / num_labels
         raw = list(torch.unbind(logit_raw))
-        for i, pairs in self.pairs.items():
+        for i in self.comparisons.indices:
             if targets is None:  # held-out text of a run that knows its teacher from a cache
                 raw.insert(i, total.new_zeros(()))
                 continue
-            term = self.terms[i]
-            assert isinstance(term, HiddenTerm)
             assert not isinstance(targets, SparseTargets), "they are refused before the run begins"
-            everywhere = term.restrict_to == "all"
-            term_rows = batch.token_rows if everywhere else batch.label_rows
-            value = self._hidden_value(i, term.kind, pairs, answer.hidden_states, targets.hidden_states, term_rows)
-            over = num_tokens if everywhere else num_labels
+            value = self.comparisons.value(i, answer, targets, batch)
+            over = num_tokens if over_all_tokens(self.terms[i]) else num_labels
             loss = loss + value * (self.weight(i, context.step) / over)
             raw.insert(i, value.detach())
         weighted = [value * self.weight(i, context.step) for i, value in enumerate(raw)]
@@ -171,36 +152,8 @@ class Objective(nn.Module):
             labelled_only=not everywhere,
         )
 
-    def _hidden_value(
-        self,
-        index: int,
-        kind: str,
-        pairs: tuple[tuple[int, int], ...],
-        student: tuple[Tensor, ...],
-        teacher: tuple[Tensor, ...],
-        rows: Tensor,
-    ) -> Tensor:
-        """Mean over the layer pairs of the sum over ``rows``."""
-        total = student[0].new_zeros((), dtype=torch.float32)
-        for number, (student_layer, teacher_layer) in enumerate(pairs):
-            ours = select_rows(student[student_layer], rows)
-            if (name := f"{index}_{number}") in self.projections:
-                ours = self.projections[name](ours)
-            total = total + HIDDEN_LOSSES[kind](ours, select_rows(teacher[teacher_layer], rows))
-        return total / len(pairs)
-
 
 def _names(terms: Sequence[AnyTerm]) -> list[str]:
     """The kind of each term; a second one of a kind gets a number."""
     kinds: list[Any] = [term.kind for term in terms]
     return [k if kinds[:i].count(k) == 0 else f"{k}_{kinds[:i].count(k) + 1}" for i, k in enumerate(kinds)]
-
-
-def _checked_pairs(index: int, term: HiddenTerm, student: Shape, teacher: Shape) -> tuple[tuple[int, int], ...]:
-    try:
-        return layer_pairs(term.layers, student.num_layers, teacher.num_layers)
-    except IndexError as out_of_range:
-        name, layer, highest = out_of_range.args
-        raise ConfigError(
-            f"losses.{index}.layers: the {name} has no layer {layer}; 0 is its embeddings, {highest} its last layer"
-        ) from None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -12,8 +12,10 @@ from typing import Any
 import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from engine.config.measures import measure_name
 from engine.report import quantities
-from engine.report.results import Results, write_whole
+from engine.report.results import BATCH_SEQUENCES, Results, write_whole
+from engine.report.stages import StageRow, joined_records, stage_folders, stage_rows
 from engine.report.verdict import tiles, verdict
 from engine.tracking import EVENTS, METRICS, read_records
 from engine.tracking.records import Record
@@ -55,9 +57,24 @@ class RunFiles:
     """what the targets were read from; empty for a teacher that was asked online"""
     num_steps: int | None
     """steps that were planned"""
+    stages: list[StageRow] = field(default_factory=list)
+    stage_measure: str = ""
+    """what the held-out figures of the stages are"""
 
 
 def _read_folder(run_folder: Path) -> RunFiles:
+    folders = stage_folders(run_folder)
+    if folders and not (run_folder / CONFIG_FILES[0]).is_file():
+        rows, measure = stage_rows(folders)
+        return replace(
+            _read_folder(folders[-1]),
+            records=joined_records(folders, METRICS),
+            events=joined_records(folders, EVENTS),
+            configs=[(f"{folder.name}/{name}", _text(folder / name)) for folder in folders for name in CONFIG_FILES],
+            num_steps=None,
+            stages=rows,
+            stage_measure=measure,
+        )
     texts = {name: _text(run_folder / name) for name in CONFIG_FILES}
     environment, origins, cache = _environment(_text(run_folder / ENVIRONMENT))
     return RunFiles(
@@ -124,6 +141,7 @@ def render(name: str, files: RunFiles, results: Results | None) -> str:
         "size": quantities.size,
         "duration": quantities.duration,
         "visible": visible,
+        "measure": measure_name,
     }
     return environment.get_template(TEMPLATE).render(
         name=name,
@@ -139,6 +157,9 @@ def render(name: str, files: RunFiles, results: Results | None) -> str:
         incidents=sections.incidents(files.records, files.events),
         origins=results.origins if results and results.origins else files.origins,
         cache=files.cache,
+        stages=files.stages,
+        stage_measure=files.stage_measure,
+        batch_sequences=BATCH_SEQUENCES,
         configs=files.configs,
         environment=files.environment,
     )

@@ -9,8 +9,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from engine.errors import CheckpointError
+from engine.tasks.scores import LabelScore, Scores
 
 RESULTS = "results.json"
+
+BATCH_SEQUENCES = 32
+"""Of the larger of the two batches that a forward pass is timed with."""
 
 Role = Literal["teacher", "control", "student"]
 
@@ -30,8 +34,18 @@ class ModelResult:
     agreement: float | None = None
     """share of positions where its likeliest word is the teacher's"""
     latency_seconds: float | None = None
-    """seconds a sequence in a forward pass"""
+    """of a forward pass over one sequence"""
+    batch_seconds: float | None = None
+    """of a forward pass over BATCH_SEQUENCES"""
     tokens_per_second: float | None = None
+    """in such a batch"""
+    scores: Scores | None = None
+    """in the measures of a task with labels of its own"""
+
+    @property
+    def quality(self) -> float | None:
+        """What the task is judged by, the higher the better; None where that is the loss."""
+        return None if self.scores is None else self.scores.main[1]
 
 
 @dataclass(frozen=True)
@@ -66,8 +80,29 @@ class Results:
     num_heldout_tokens: int | None = None
     """positions that loss, perplexity and agreement are measured on"""
 
+    @property
+    def measures(self) -> tuple[str, ...]:
+        """Names of what a task with labels of its own is measured by."""
+        return next((tuple(model.scores.measures) for model in self.models if model.scores), ())
+
     def model(self, role: Role) -> ModelResult | None:
         return next((model for model in self.models if model.role == role), None)
+
+    @property
+    def by_label(self) -> list[tuple[str, int, list[LabelScore | None]]]:
+        """Each label, how often it occurs, and its score by each model that has scores."""
+        tables = [{row.label: row for row in model.scores.by_label} for model in self.models if model.scores]
+        labels = dict.fromkeys(label for table in tables for label in table)
+        rows = [(label, [table.get(label) for table in tables]) for label in labels]
+        return [(label, max(row.support for row in found if row), found) for label, found in rows]
+
+    @property
+    def retained(self) -> float | None:
+        """The student's share of the teacher's quality, for a task with labels of its own."""
+        student, teacher = self.model("student"), self.model("teacher")
+        if student is None or teacher is None or student.quality is None or not teacher.quality:
+            return None
+        return student.quality / teacher.quality
 
     def save(self, run_folder: Path) -> None:
         """Raises CheckpointError when the folder cannot be written."""
@@ -97,7 +132,7 @@ def write_whole(path: Path, text: str) -> None:
 
 def _from_json(stored: dict[str, Any]) -> Results:
     return Results(
-        models=tuple(ModelResult(**model) for model in stored["models"]),
+        models=tuple(_model(model) for model in stored["models"]),
         predictions=tuple(
             Prediction(
                 prediction["before"],
@@ -109,6 +144,17 @@ def _from_json(stored: dict[str, Any]) -> Results:
         ),
         origins=tuple((group, source) for group, source in stored["origins"]),
         num_heldout_tokens=stored["num_heldout_tokens"],
+    )
+
+
+def _model(stored: dict[str, Any]) -> ModelResult:
+    scores = stored.pop("scores", None)
+    if scores is None:
+        return ModelResult(**stored)
+    by_label = tuple(LabelScore(**row) for row in scores["by_label"])
+    confusion = tuple(tuple(row) for row in scores["confusion"])
+    return ModelResult(
+        **stored, scores=Scores(scores["measures"], by_label, confusion, tuple(scores["confusion_labels"]))
     )
 
 

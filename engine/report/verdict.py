@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from engine.config.measures import measure_name
 from engine.report.quantities import count, duration, number, ratio, share
 from engine.report.results import ModelResult, Results
 from engine.report.series import last_value
@@ -26,6 +27,8 @@ def verdict(results: Results | None, records: Sequence[Record]) -> str:
     if results is None or student is None:
         return _verdict_so_far(records)
     teacher, control = results.model("teacher"), results.model("control")
+    if student.quality is not None:
+        return _verdict_by_measure(results, student, teacher, control)
     parts = []
     if teacher:
         size = _fraction(student.num_parameters, teacher.num_parameters)
@@ -40,6 +43,22 @@ def verdict(results: Results | None, records: Sequence[Record]) -> str:
     return " ".join(parts) + "." + _against_control(student, control)
 
 
+def _verdict_by_measure(
+    results: Results, student: ModelResult, teacher: ModelResult | None, control: ModelResult | None
+) -> str:
+    name = measure_name(results.measures[0])
+    if teacher is None or results.retained is None:
+        text = f"The student reaches a held-out {name} of {share(student.quality)}."
+    else:
+        size = _fraction(student.num_parameters, teacher.num_parameters)
+        kept = f"{share(results.retained)} of its {name}: {share(student.quality)} against {share(teacher.quality)}"
+        text = f"With {share(size)} of the teacher's parameters, the student keeps {kept}."
+    if control is None or control.quality is None or student.quality is None:
+        return text
+    stays = "stays at" if control.quality < student.quality else "does no worse:"
+    return f"{text} The same student trained without a teacher {stays} {share(control.quality)}."
+
+
 def _against_control(student: ModelResult, control: ModelResult | None) -> str:
     if control is None or student.perplexity is None or control.perplexity is None:
         return ""
@@ -49,6 +68,9 @@ def _against_control(student: ModelResult, control: ModelResult | None) -> str:
 
 
 def _verdict_so_far(records: Sequence[Record]) -> str:
+    for measure in ("f1", "accuracy"):
+        if (reached := last_value(records, f"eval/student_{measure}")) is not None:
+            return f"At the last evaluation the student's held-out {measure_name(measure)} was {share(reached)}."
     student = last_value(records, "eval/student_perplexity")
     teacher = last_value(records, "eval/teacher_perplexity")
     if student is not None:
@@ -66,7 +88,7 @@ def tiles(results: Results | None) -> list[Tile]:
     if results is None or student is None:
         return []
     teacher, control = results.model("teacher"), results.model("control")
-    found = [_perplexity(student, teacher)]
+    found = [_quality(results, student, teacher) if student.quality is not None else _perplexity(student, teacher)]
     if student.agreement is not None:
         found.append(Tile("Agreement", share(student.agreement), "same likeliest word as the teacher"))
     if teacher:
@@ -77,6 +99,13 @@ def tiles(results: Results | None) -> list[Tile]:
     if teacher and control and (closed := _gap_closed(student, teacher, control)) is not None:
         found.append(Tile("Gap closed", share(closed), "of the loss between control and teacher"))
     return found
+
+
+def _quality(results: Results, student: ModelResult, teacher: ModelResult | None) -> Tile:
+    against = "on held-out data"
+    if teacher and results.retained is not None:
+        against = f"teacher {share(teacher.quality)}, so {share(results.retained)} of it kept"
+    return Tile(measure_name(results.measures[0]), share(student.quality), against)
 
 
 def _perplexity(student: ModelResult, teacher: ModelResult | None) -> Tile:

@@ -12,8 +12,10 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from engine.config.run import StudentSection
 from engine.errors import ConfigError
 from engine.models import MODEL_CLASSES, fresh_model, layer_stack, load_hf_config, load_model, set_labels
+from engine.student.compress import svd_embeddings
+from engine.student.distilbert import distilbert_config, fold_token_type, name_in_bert
 
-NO_TEACHER = "student.init: teacher_layers needs a teacher with weights; set teacher.kind: online and teacher.model"
+NO_TEACHER = "student.init needs a teacher with weights; set teacher.kind: online and teacher.model"
 Origin = tuple[str, str]
 """(part of the student, where its weights came from)"""
 
@@ -36,11 +38,12 @@ def build_student(
         torch.manual_seed(seed)
         fresh_head = model_class not in (MODEL_CLASSES["masked_lm"], MODEL_CLASSES["causal_lm"])
         model = load_model(section, model_class, torch.float32, "student", labels=labels, fresh_head=fresh_head).train()
-        return BuiltStudent(model, (("all", section.model),))
+        return BuiltStudent(model, (("all", section.model), *_compressed(section, model, teacher)))
     if section.config is not None:
         config = student_config(section, None)
         set_labels(config, labels)
-        return BuiltStudent(fresh_model(config, section, model_class, seed), (("all", f"drawn from seed {seed}"),))
+        model = fresh_model(config, section, model_class, seed)
+        return BuiltStudent(model, (("all", f"drawn from seed {seed}"), *_compressed(section, model, teacher)))
     if teacher is None:
         raise ConfigError(NO_TEACHER)
     layers = chosen_layers(section.layers, teacher.config.num_hidden_layers)
@@ -50,9 +53,18 @@ def build_student(
     return BuiltStudent(student, tuple(copy_layers(student, teacher, layers)))
 
 
+def _compressed(section: StudentSection, model: PreTrainedModel, teacher: PreTrainedModel | None) -> list[Origin]:
+    if section.init is None:
+        return []
+    if teacher is None:
+        raise ConfigError(NO_TEACHER)
+    kept = svd_embeddings(model, teacher)
+    return [("word embeddings", f"teacher's, {kept:.1%} of their squared singular values")]
+
+
 def student_config(section: StudentSection, teacher: PreTrainedConfig | None) -> PreTrainedConfig:
     """The student's config, without any weights."""
-    if section.init is None:
+    if section.init != "teacher_layers":
         where = section.config if section.config is not None else section.model
         assert where is not None
         return load_hf_config(where, "student", revision=section.revision, remote_code=section.trust_remote_code)
@@ -60,6 +72,8 @@ def student_config(section: StudentSection, teacher: PreTrainedConfig | None) ->
         raise ConfigError(NO_TEACHER)
     num_layers = teacher.num_hidden_layers
     layers = chosen_layers(section.layers, num_layers)
+    if section.architecture is not None:
+        return distilbert_config(teacher, len(layers), section.sinusoidal_positions)
     config = copy.deepcopy(teacher)
     for key, value in teacher.to_dict().items():
         if isinstance(value, list) and len(value) == num_layers:  # one entry a layer, as layer_types has
@@ -89,15 +103,24 @@ def copy_layers(student: PreTrainedModel, teacher: PreTrainedModel, layers: tupl
     """Copy ``layers`` and all that is outside the stack. Returns where each part of the student came from."""
     stack = layer_stack(teacher, teacher.config.num_hidden_layers, "teacher")
     source = dict(teacher.state_dict())
+    is_renamed = student.config.model_type != teacher.config.model_type
     origins: dict[str, str] = {}
     for name, tensor in student.state_dict().items():
-        part, wanted, origin = _origin_of(name, stack, layers)
-        found = source.get(wanted)
-        if found is not None and found.shape == tensor.shape:
+        if is_renamed:
+            wanted = name_in_bert(name, layers)
+            part, origin = name, f"teacher {wanted}"
+        else:
+            part, wanted, origin = _origin_of(name, stack, layers)
+        found = source.get(wanted or "")
+        if is_renamed and name.endswith("position_embeddings.weight") and student.config.sinusoidal_pos_embds:
+            origins[name] = "sine waves"
+        elif found is not None and found.shape == tensor.shape:
             tensor.copy_(found)
             origins.setdefault(part, origin)
         else:
             origins[name] = "fresh weights: the teacher has none of this name and shape"
+    if is_renamed:
+        fold_token_type(student, source)
     student.tie_weights()
     return list(origins.items())
 

@@ -27,9 +27,16 @@ def freeze(model: PreTrainedModel, parts: Sequence[str]) -> int:
         if not found:
             raise ConfigError(f"freeze: {type(model).__name__} has no {part!r}; the parts are {PARTS}")
         frozen |= {id(parameter): parameter for parameter in found}
-    for parameter in model.parameters():
-        parameter.requires_grad_(id(parameter) not in frozen)
+    for parameter in frozen.values():
+        parameter.requires_grad_(False)
     return sum(parameter.numel() for parameter in frozen.values())
+
+
+def freeze_fixed_positions(model: PreTrainedModel) -> None:
+    """Positions that are sine waves stay so: DistilBERT loads them as weights like any other."""
+    if getattr(model.config, "sinusoidal_pos_embds", False):
+        for parameter in parameters_of(model, "position_embeddings"):
+            parameter.requires_grad_(False)
 
 
 def parameters_of(model: PreTrainedModel, part: str) -> list[nn.Parameter]:

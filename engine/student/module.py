@@ -17,7 +17,12 @@ class StudentWithObjective(nn.Module):
         super().__init__()
         self.model = model
         self.objective = objective
-        self.reader = ModelReader(model, task, hidden_states=objective.needs_hidden_states)
+        self.reader = ModelReader(
+            model,
+            task,
+            hidden_states=objective.needs_hidden_states,
+            attention_layers=objective.comparisons.attention_layers(0),
+        )
         self.head = self.reader.head
 
     def forward(

@@ -35,16 +35,6 @@ class Scores:
         return next(iter(self.measures.items()))
 
 
-MEASURES = {
-    "masked_lm": ("loss",),
-    "causal_lm": ("loss",),
-    "token_classification": ("f1", "precision", "recall", "accuracy", "loss"),
-    "sequence_classification": ("accuracy", "macro_f1", "loss"),
-    "question_answering": ("f1", "exact_match", "loss"),
-}
-"""What each task is measured by on held-out data; the first is the one it is judged by"""
-
-
 def entity_scores(gold: Sequence[Sequence[str]], predicted: Sequence[Sequence[str]]) -> Scores:
     """Of spans in IOB tags, one list a sentence: the definition of conlleval (CoNLL-2000), as seqeval has it."""
     from seqeval.metrics import classification_report

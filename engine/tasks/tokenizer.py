@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from engine.errors import ConfigError
@@ -48,6 +49,32 @@ def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     for name, index in sorted(vocabulary.items()) + sorted(special.items()):
         digest.update(f"{name}\x00{index}\x00".encode("utf-8", "surrogatepass"))
     return digest.hexdigest()
+
+
+def pair_ids(tokenizer: PreTrainedTokenizerBase, pairs: Sequence[tuple[str | int, str | int]]) -> list[list[int]]:
+    """The ids of pairs of tokens. Raises ConfigError for a text that is no single token, and for an id that is out of
+    range or in two pairs."""
+    vocabulary, num_ids = tokenizer.get_vocab(), vocab_size(tokenizer)
+    found = [[_id_of(token, tokenizer, vocabulary, num_ids) for token in pair] for pair in pairs]
+    flat = [each for pair in found for each in pair]
+    if twice := sorted({each for each in flat if flat.count(each) > 1}):
+        shown = tokenizer.convert_ids_to_tokens(twice[0])
+        raise ConfigError(f"teacher.even_pairs: {shown!r} (id {twice[0]}) is given twice; a token can be in one pair")
+    return found
+
+
+def _id_of(token: str | int, tokenizer: PreTrainedTokenizerBase, vocabulary: dict[str, int], num_ids: int) -> int:
+    if isinstance(token, int):
+        if not 0 <= token < num_ids:
+            raise ConfigError(f"teacher.even_pairs: there is no id {token}; the tokenizer has {num_ids:,}")
+        return token
+    if token in vocabulary:
+        return vocabulary[token]
+    ids = tokenizer(token, add_special_tokens=False)["input_ids"]
+    if len(ids) != 1 or ids[0] == tokenizer.unk_token_id:
+        pieces = tokenizer.convert_ids_to_tokens(ids)
+        raise ConfigError(f"teacher.even_pairs: {token!r} is not one token of the tokenizer but {pieces}")
+    return int(ids[0])
 
 
 def compare_tokenizers(a: PreTrainedTokenizerBase, b: PreTrainedTokenizerBase, names: tuple[str, str]) -> None:

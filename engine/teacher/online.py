@@ -15,9 +15,22 @@ class OnlineTeacher:
     """Takes a model that already lies where it shall run. It runs before the student's forward, so none of the
     student's activations is alive then."""
 
-    def __init__(self, model: PreTrainedModel, task: Reads, *, hidden_states: bool) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        task: Reads,
+        *,
+        hidden_states: bool,
+        attention_layers: tuple[int, ...] = (),
+        even_pairs: Tensor | None = None,
+    ) -> None:
+        """``attention_layers``, from 0, are those whose attention terms ask for; ``even_pairs`` [P, 2] are ids whose
+        probabilities are evened out before they are learned."""
         self.model = model.eval().requires_grad_(False)
-        self.reader = ModelReader(model, task, hidden_states=hidden_states)
+        self.reader = ModelReader(
+            model, task, hidden_states=hidden_states, attention_layers=attention_layers, name="teacher"
+        )
+        self._even_pairs = None if even_pairs is None else even_pairs.to(model.device)
 
     @property
     def head(self) -> Head:
@@ -40,8 +53,9 @@ class OnlineTeacher:
     def _targets(self, answer: Answer, rows: Tensor) -> DenseTargets | LogitTargets:
         if answer.head_input is None:
             assert answer.logits is not None
-            return LogitTargets(answer.logits, answer.hidden_states)
-        return DenseTargets(select_rows(answer.head_input, rows), self.head, answer.hidden_states)
+            return LogitTargets(answer.logits, answer.hidden_states, answer.attention)
+        states = select_rows(answer.head_input, rows)
+        return DenseTargets(states, self.head, answer.hidden_states, answer.attention, self._even_pairs)
 
     def complete(self, step: StepBatches) -> StepBatches:
         return step

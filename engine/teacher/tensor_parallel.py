@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -120,10 +120,11 @@ class GroupTeacher(OnlineTeacher):
         model: PreTrainedModel,
         task: Reads,
         *,
-        hidden_states: bool,
         group: dist.ProcessGroup,
+        **wanted: Any,
     ) -> None:
-        super().__init__(model, task, hidden_states=hidden_states)
+        """``wanted`` as of an OnlineTeacher."""
+        super().__init__(model, task, **wanted)
         self._group = group
 
     @torch.inference_mode()

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from engine.config.run import TrackingSection
+from engine.config.following import TrackingSection
 from engine.tracking.records import EVENTS, METRICS, RecordFile, metrics_record
 from engine.tracking.tensorboard import TensorBoardFiles
 from engine.tracking.wandb_run import WandbRun

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from engine.config.run import TrackingSection
+from engine.config.following import TrackingSection
 from engine.log import logger
 from engine.redaction import redact_words
 

@@ -17,13 +17,14 @@ ROWS = """
 errors schema state schedule redaction
 rendezvous
 meeting
-dist log config watch digests sharing
+dist log config watch digests sharing attention callbacks
 data losses tracking models meter cost remedies
 cache incarnation
 tasks teacher student memory
 zero checkpoint export evaluation report metrics runfolder planning
+predicting nearest pseudo
 trainer parts hosts
-resume compare asking placement
+resume compare asking placement staging
 build capture finish
 distiller
 launch data_tools
@@ -40,8 +41,8 @@ OWNERS = {
     "webdataset": ("engine/data/shards.py", "engine/data/shard_writer.py", *EVERYWHERE),
     "datasets": ("engine/tasks", "data_tools", *EVERYWHERE),
     "pyarrow": ("data_tools", *EVERYWHERE),
-    "transformers": ("engine/models.py", "engine/student", "engine/teacher", "engine/tasks", "engine/export.py",
-                     *EVERYWHERE),
+    "transformers": ("engine/models.py", "engine/attention.py", "engine/student", "engine/teacher", "engine/tasks",
+                     "engine/export.py", *EVERYWHERE),
 }  # fmt: skip
 TYPES = {"PreTrainedModel", "PreTrainedConfig", "PreTrainedTokenizerBase"}
 """What others may import of transformers: names for annotations."""

@@ -17,7 +17,8 @@ from engine.config.terms import AnyTerm
 from engine.data.collate import collate
 from engine.errors import ConfigError
 from engine.losses.hidden import layer_pairs
-from engine.losses.objective import Objective, Shape, StepContext
+from engine.losses.layers import Shape
+from engine.losses.objective import Objective, StepContext
 from engine.schema import IGNORE, Answer, Batch, DenseTargets, Head, Sample
 from tests import references
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from engine.config.run import TrackingSection
+from engine.config.following import TrackingSection
 from engine.errors import CheckpointError
 from engine.report import REPORT, RESULTS, ModelResult, Prediction, Results, Word, quantities, write_report
 from engine.report.series import MAX_POINTS, series, step_seconds

@@ -20,7 +20,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from engine.config.run import TrackingSection
+from engine.config.following import TrackingSection
 from engine.errors import CheckpointError
 from engine.log import logger
 from engine.tracking import EVENTS, METRICS, Tracker, read_records, wandb_run
@@ -50,7 +50,7 @@ def test_killed_and_resumed_run_has_each_record_once(tmp_path):
     body = f"""
 import os, signal
 from pathlib import Path
-from engine.config.run import TrackingSection
+from engine.config.following import TrackingSection
 from engine.tracking import Tracker
 tracker = Tracker(Path({str(tmp_path)!r}), TrackingSection(), "demo", {{}}, 0)
 for step in range(10, 80, 10):
@@ -147,7 +147,7 @@ def test_other_ranks_write_nothing(tmp_path):
 
 def test_wandb_is_imported_only_when_asked_for(tmp_path):
     body = (
-        "import sys\nfrom pathlib import Path\nfrom engine.config.run import TrackingSection\n"
+        "import sys\nfrom pathlib import Path\nfrom engine.config.following import TrackingSection\n"
         f"from engine.tracking import Tracker\nTracker(Path({str(tmp_path)!r}), TrackingSection(), 'demo', {{}}, 0)\n"
         "print([name for name in ('wandb', 'tensorboard', 'torch') if name in sys.modules])"
     )
@@ -302,7 +302,7 @@ def offline_run(tmp_path) -> Path:
     """The real wandb and TensorBoard, in a process of their own, without a network."""
     body = f"""
 from pathlib import Path
-from engine.config.run import TrackingSection
+from engine.config.following import TrackingSection
 from engine.tracking import Tracker
 for first_step in (0, 10):
     config = TrackingSection(wandb="offline", tensorboard=True)
@@ -375,7 +375,7 @@ def serving(folder: Path, num_answers: int) -> None:
 AWAY = """
 import os, signal, sys
 from pathlib import Path
-from engine.config.run import TrackingSection
+from engine.config.following import TrackingSection
 from engine.log import setup
 from engine.tracking import Tracker, wandb_run
 wandb_run.START_SECONDS, wandb_run.CLOSE_SECONDS = 5.0, 10.0
