@@ -30,6 +30,8 @@ setup(
         "ninja>=1.11",
         "wandb>=0.18",
         "tensorboard>=2.16",
+        "scikit-learn>=1.3",
+        "seqeval>=1.2",
     ],
     extras_require={
         "test": ["pytest>=8", "pytest-timeout>=2.3", "ruff>=0.6", "mypy>=1.11", "types-PyYAML", "types-tqdm"],

@@ -119,11 +119,13 @@ def _teacher(parts: Parts, device: torch.device) -> PreTrainedModel | None:
     together is loaded again."""
     config = parts.run.config
     together = config.teacher.placement != "replicated"
-    if not together and (parts.teacher is not None or config.teacher.kind != "cached"):
+    if not together and parts.teacher is not None:
         return parts.teacher
-    if config.teacher.model is None:
-        return None
     section = alone(config.teacher)
+    if section.model is None and config.evaluation.teacher is not None:
+        section = TeacherSection(kind="online", model=config.evaluation.teacher)
+    if section.model is None:
+        return None
     model = load_teacher(section, MODEL_CLASSES[parts.task.kind])
     place_alone(model, section, parts.run.teacher_precision, device)
     return model

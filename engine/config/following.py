@@ -21,6 +21,8 @@ class EvaluationSection(Section):
     or a schedule looked at is not what the student is judged by."""
     max_sequences: Count | None = None
     """Sequences to score at most. Default: 1024 of text, all of data with labels of their own."""
+    teacher: str | None = None
+    """Model to score as the teacher of a run that asks none. Default: in stages, the file's teacher.model."""
     control: str | None = None
     """Exported folder of the student's twin that was trained without a teacher: scored and shown beside it."""
 

@@ -111,6 +111,7 @@ def _laid_over(source: Source, own: dict[str, Any], at: KeyPath, name: str, befo
         run |= {"name": name, "output": str(folder)}
         if isinstance(tracking := data.setdefault("tracking", {}), dict):
             tracking.setdefault("wandb_group", whole)
+        _keep_teacher(data, base)
         if before and isinstance(data.get("student"), dict):
             kept = {key: data["student"][key] for key in _KEPT_OF_STUDENT if key in data["student"]}
             data["student"] = kept | {"model": str(folder / before[-1].name / "export")}
@@ -118,6 +119,15 @@ def _laid_over(source: Source, own: dict[str, Any], at: KeyPath, name: str, befo
     places |= {path[2:]: place for path, place in source.places.items() if path[:2] == at and len(path) > 2}
     overrides = {path: text for path, text in source.overrides.items() if path[:1] != (STAGES,)}
     return Source(data, places, overrides)
+
+
+def _keep_teacher(data: dict[str, Any], base: dict[str, Any]) -> None:
+    """A stage without a teacher is still scored beside that of the run."""
+    of_file, of_stage, evaluation = base.get("teacher"), data.get("teacher"), data.get("evaluation")
+    if not isinstance(of_file, dict) or not isinstance(evaluation, dict) or not of_file.get("model"):
+        return
+    if isinstance(of_stage, dict) and not of_stage.get("model"):
+        evaluation.setdefault("teacher", of_file["model"])
 
 
 def _merged(base: Any, own: Any) -> Any:

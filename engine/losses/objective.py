@@ -122,7 +122,9 @@ class Objective(nn.Module):
             total, logit_raw, metrics = self.head_loss(select_rows(answer.head_input, rows), head, inputs)
         else:
             assert answer.logits is not None
-            total, logit_raw, metrics = few_classes_loss(answer.logits, inputs)
+            # with no term on logits the head is no part of the graph: a gradient that is undefined breaks DeepSpeed
+            logits = answer.logits if losses else answer.logits.detach()
+            total, logit_raw, metrics = few_classes_loss(logits, inputs)
         loss = total / num_labels
         raw = list(torch.unbind(logit_raw))
         for i in self.comparisons.indices:
