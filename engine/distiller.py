@@ -106,9 +106,10 @@ class Distiller:
             elif self._from_stage is not None:
                 begin_at(self.stages, self._from_stage)
         done = place.control.from_main(sum(map(is_finished, self.stages[:-1])) if place.control.is_main else 0)
-        for stage in self.stages[done:]:
+        left = self.stages[done:]
+        for stage in left if len(left) > 1 else ():
             check_run_against_data(stage, place)
-        return self.stages[done:]
+        return left
 
     def _fit_stage(self, stage: RunConfig, place: Place, stop: StopSignal, watch: Watch) -> bool:
         """A stage that another follows. Collective."""

@@ -163,6 +163,8 @@ class Evaluator:
 
     def _scores(self, observed: list[Any]) -> Scores | None:
         """Of what all ranks have observed; a task over the vocabulary observes nothing."""
+        if self._task.over_vocabulary:
+            return None
         everything = [each for part in self._control.gather(observed) for each in part]
         return self._task.score(everything) if everything else None
 

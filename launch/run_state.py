@@ -2,8 +2,9 @@
 
     python launch/run_state.py --config run.yaml [key.path=value ...]
 
-folder of the run; step of its newest complete checkpoint (0 without one); finished: yes when the run's last launch came
-to its end; cached: how many sidecars its teacher's cache has. Exit code 2 for a configuration that cannot be read.
+folder of the run; step of its newest complete checkpoint (0 without one; of a run in stages the sum over them);
+finished: yes when the run's last launch came to its end; cached: how many sidecars its teacher's cache has. Exit code 2
+for a configuration that cannot be read.
 """
 
 from __future__ import annotations
@@ -24,15 +25,20 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> int:
     arguments = parse_arguments()
     from engine.checkpoint import complete_checkpoints, step_of
-    from engine.config.load import load_config
+    from engine.config.load import load_stages
+    from engine.staging import folder_of, whole_folder
 
-    config = load_config(arguments.config, arguments.overrides)
-    folder = Path(config.run.output) / config.run.name
-    steps = [step_of(checkpoint) for checkpoint in complete_checkpoints(folder / "checkpoints")]
+    stages = load_stages(arguments.config, arguments.overrides)
+    config, folder = stages[-1], whole_folder(stages)
+    steps = 0
+    for stage in stages:
+        whole = complete_checkpoints(folder_of(stage) / "checkpoints")
+        steps += step_of(whole[-1]) if whole else 0
     cached = 0
     if config.teacher.cache is not None:
         cached = num_sidecars(config.teacher.cache, config.data.manifest)
-    print(f"folder={folder}\nstep={max(steps, default=0)}\nfinished={'yes' if is_finished(folder) else 'no'}")
+    finished = is_finished(folder_of(config))
+    print(f"folder={folder}\nstep={steps}\nfinished={'yes' if finished else 'no'}")
     print(f"cached={cached}")
     return 0
 

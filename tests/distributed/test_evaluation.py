@@ -48,10 +48,10 @@ def label(samples: Sequence[Sample], rounds: Sequence[int]) -> Labelled:
     return token_ids, token_ids.astype(np.int64)
 
 
-def forward(batch: Batch, *_: Any) -> tuple[torch.Tensor, torch.Tensor]:
+def forward(batch: Batch, *_: Any) -> tuple[torch.Tensor, torch.Tensor, None]:
     total = torch.tensor([float(batch.input_ids.sum()), 0.0, 0.0, 0.0])
     dist.all_reduce(total.clone())  # as ZeRO-3 gathers weights
-    return total[0], total
+    return total[0], total, None
 
 
 def evaluate(rank: int, port: int, never: bool, folder: Path) -> None:
@@ -63,7 +63,7 @@ def evaluate(rank: int, port: int, never: bool, folder: Path) -> None:
         timedelta(seconds=LIMIT_SECONDS)
     )
     objective: Any = SimpleNamespace(metric_names=NAMES, rows=lambda batch: None)
-    task: Any = SimpleNamespace(label=label)
+    task: Any = SimpleNamespace(label=label, over_vocabulary=True)
     source: Any = SimpleNamespace(targets_for=lambda batch, rows: None)
     plan: Any = SimpleNamespace(micro_sequences=2)
     evaluator = Evaluator(

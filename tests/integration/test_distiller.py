@@ -122,6 +122,6 @@ def test_signals_are_given_back(root: Path) -> None:
 
 
 def test_the_public_names() -> None:
-    assert engine.__all__ == ["Distiller", "RunConfig"]
+    assert engine.__all__ == ["Callback", "Distiller", "RunConfig"]
     with pytest.raises(AttributeError):
         _ = engine.Nothing
