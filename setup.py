@@ -2,6 +2,8 @@
 
 from setuptools import find_packages, setup
 
+ONNX = ["onnx>=1.17", "onnxscript>=0.3", "onnxruntime>=1.20"]
+
 setup(
     name="stillhouse",
     version="0.1.0",
@@ -34,7 +36,8 @@ setup(
         "seqeval>=1.2",
     ],
     extras_require={
-        "test": ["pytest>=8", "pytest-timeout>=2.3", "ruff>=0.6", "mypy>=1.11", "types-PyYAML", "types-tqdm"],
+        "onnx": ONNX,
+        "test": [*ONNX, "pytest>=8", "pytest-timeout>=2.3", "ruff>=0.6", "mypy>=1.11", "types-PyYAML", "types-tqdm"],
         "benchmarks": ["trl>=0.25", "mosaicml-streaming>=0.10"],
     },
 )

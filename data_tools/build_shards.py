@@ -217,6 +217,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="tokenizer processes")
     parser.add_argument("--shard-bytes", type=byte_count, default="256MB", help="size of a shard, as in 256MB or 1GiB")
     parser.add_argument("--one-per-line", action="store_true", help="each line of a text file is a document")
+    parser.add_argument("--unpacked", action="store_true", help="one document a sequence: see data.sort_samples")
     parser.add_argument("--text-column", default="text", help="column of the text in tables, JSON and data sets")
     parser.add_argument("--overwrite", action="store_true", help="delete the shards that OUTPUT holds, and start anew")
     _add_labelled(parser.add_argument_group("tasks with labels of their own"))

@@ -78,12 +78,12 @@ class Packer:
     """Fills sequences of ``sequence_tokens`` with documents, greedily and in order.
 
     A document that does not fit is cut and goes on in the next sequence, unless fewer than MIN_PIECE_TOKENS of it
-    would fit: then the sequence ends short. Raises ConfigError when no piece fits into a sequence.
+    would fit: then the sequence ends short. With ``one_document`` no two share a sequence. Raises ConfigError when no piece fits into a sequence.
     """
 
-    def __init__(self, framing: Framing, sequence_tokens: int, start: Position) -> None:
+    def __init__(self, framing: Framing, sequence_tokens: int, start: Position, *, one_document: bool = False) -> None:
         self.position = start
-        self._framing = framing
+        self._framing, self._one_document = framing, one_document
         self._frame_tokens = len(framing.before) + len(framing.after) if framing.each_piece else 0
         if sequence_tokens < self._frame_tokens + MIN_PIECE_TOKENS:
             raise ConfigError(
@@ -109,7 +109,7 @@ class Packer:
             self._place(self._frame(piece) if self._framing.each_piece else piece)
             used += take
             self._advance(document, used, is_whole=take == left)
-            if self._filled == len(self._sequence):
+            if self._filled == len(self._sequence) or (self._one_document and take == left):
                 yield self._close()
 
     def last(self) -> Iterator[Packed]:

@@ -39,7 +39,7 @@ class Stream:
         self._folder = ShardFolder(folder, wanted_manifest(tokenizer, options), files, overwrite=options.overwrite)
         self._max_shard_bytes = options.shard_bytes
         start = Position(*self._folder.position) if self._folder.position else START
-        self._packer = Packer(self._framing, options.sequence_tokens, start)
+        self._packer = Packer(self._framing, options.sequence_tokens, start, one_document=options.unpacked)
         self.num_tokens = 0
         """written by this process"""
 
@@ -115,6 +115,7 @@ def _command(options: argparse.Namespace) -> str:
     words += ["--tokenizer", options.tokenizer, "--sequence-tokens", str(options.sequence_tokens)]
     words += ["--shard-bytes", str(options.shard_bytes), "--split-heldout", repr(options.split_heldout)]
     words += ["--text-column", options.text_column, *(["--one-per-line"] if options.one_per_line else [])]
+    words += ["--unpacked"] if options.unpacked else []
     return shlex.join(redact_words(words))
 
 

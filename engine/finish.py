@@ -22,6 +22,7 @@ from engine.models import MODEL_CLASSES, load_model, move
 from engine.parts import Parts, Place, build_parts
 from engine.report import Results, results_table, write_report
 from engine.runfolder import read_config
+from engine.staging import newest_stage
 from engine.tasks.tokenizer import load_tokenizer
 from engine.teacher.placing import alone, load_teacher, place_alone
 from engine.zero import consolidate
@@ -58,9 +59,10 @@ def evaluate_run(
 
     Raises CheckpointError when there is no such checkpoint, ConfigError when there is no held-out text.
     """
+    folder = newest_stage(folder)
     config = read_config(folder, ["run.precision=auto", "teacher.precision=auto", *overrides])
     config = _without_training(config)
-    if manifest is None and config.evaluation.manifest is None:
+    if not (manifest or config.evaluation.test_manifest or config.evaluation.manifest):
         raise ConfigError(f"{folder}: the run has no evaluation.manifest; give --manifest HELDOUT/manifest.json")
     checkpoint = checkpoint or best(folder / "checkpoints")
     read_meta(checkpoint)

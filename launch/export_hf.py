@@ -16,9 +16,10 @@ from engine.log import run_main, setup
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", required=True, type=Path, help="the run's folder")
-    parser.add_argument("--checkpoint", type=Path, help="a checkpoint's folder (default: the newest complete one)")
+    parser.add_argument("--checkpoint", type=Path, help="a checkpoint's folder (default: the best, or the newest)")
     parser.add_argument("--output", type=Path, help="where to write (default: RUN/export)")
     parser.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), default="fp32", help="of the weights written")
+    parser.add_argument("--onnx", action="store_true", help="write model.onnx beside it, for onnxruntime")
     return parser.parse_args()
 
 
@@ -29,14 +30,19 @@ def main() -> int:
     from engine.finish import export_run, load_student
     from engine.report import Results
     from engine.runfolder import read_config
+    from engine.staging import newest_stage
 
-    folder: Path = arguments.run
+    folder = newest_stage(arguments.run)
     config = read_config(folder)
     checkpoint = arguments.checkpoint or best(folder / "checkpoints")
     read_meta(checkpoint)
     student = load_student(folder, checkpoint, config.task.kind)
     results = Results.load(folder) if arguments.checkpoint is None else None
-    export_run(student, folder, arguments.output or folder / "export", config, results, arguments.dtype)
+    output = export_run(student, folder, arguments.output or folder / "export", config, results, arguments.dtype)
+    if arguments.onnx:
+        from engine.onnx_export import export_onnx
+
+        export_onnx(student, output)
     return 0
 
 

@@ -149,7 +149,7 @@ def _sections_at(path: KeyPath, data: Any, *, any_kind: bool = False) -> list[ty
         data = _inside(data, part)
         if isinstance(part, str):
             fields = [section.model_fields[part] for section in sections if part in section.model_fields]
-            sections = [found for field in fields for found in _sections_in(field.annotation)]
+            sections = [found for field in fields for found in sections_in(field.annotation)]
         elif not any_kind and isinstance(data, dict):
             sections = [section for section in sections if data.get("kind") in _kinds(section)]
     return sections
@@ -161,11 +161,12 @@ def _inside(data: Any, part: str | int) -> Any:
     return data[part] if isinstance(data, list) and isinstance(part, int) and part < len(data) else None
 
 
-def _sections_in(annotation: Any) -> Iterator[type[Section]]:
+def sections_in(annotation: Any) -> Iterator[type[Section]]:
+    """The sections that a field may hold."""
     if isinstance(annotation, type) and issubclass(annotation, Section):
         yield annotation
     for inner in get_args(annotation):
-        yield from _sections_in(inner)
+        yield from sections_in(inner)
 
 
 def _kinds(section: type[Section]) -> tuple[str, ...]:

@@ -21,11 +21,12 @@ dist log config watch digests sharing attention callbacks
 data losses tracking models meter cost remedies
 cache incarnation
 tasks teacher student memory
-zero checkpoint export evaluation report metrics runfolder planning
+zero checkpoint export evaluation report metrics runfolder planning onnx_export
 predicting nearest pseudo
 trainer parts hosts
 resume compare asking placement staging
 build capture finish
+looking
 distiller
 launch data_tools
 benchmarks
