@@ -78,7 +78,8 @@ class Packer:
     """Fills sequences of ``sequence_tokens`` with documents, greedily and in order.
 
     A document that does not fit is cut and goes on in the next sequence, unless fewer than MIN_PIECE_TOKENS of it
-    would fit: then the sequence ends short. With ``one_document`` no two share a sequence. Raises ConfigError when no piece fits into a sequence.
+    would fit: then the sequence ends short. With ``one_document`` no two documents share a sequence. Raises ConfigError
+    when no piece fits into a sequence.
     """
 
     def __init__(self, framing: Framing, sequence_tokens: int, start: Position, *, one_document: bool = False) -> None:
