@@ -127,6 +127,9 @@ def _saved_bytes(model: PreTrainedModel, precision: str, micro_sequences: int, s
 @contextmanager
 def _without_head(model: PreTrainedModel) -> Iterator[None]:
     head = model.get_output_embeddings()
+    if head is None:
+        yield
+        return
     own_forward = head.forward
     head.forward = lambda state: state
     try:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 from engine.config.cache import HiddenSection
-from engine.config.load import load_config
+from engine.config.load import load_stages
 from engine.config.resolve import Accelerator, DataFacts, ResolvedRun, read_deepspeed_json, resolve
 from engine.config.run import RunConfig
 from engine.config.terms import HiddenTerm, LogitTerm
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 RESERVE_BYTES = {"cuda": 2 * 10**9, "cpu": 10**9}
 """CUDA's context, NCCL, cuBLAS workspaces and what the allocator cannot reuse; the process itself on a CPU."""
+FEW_CLASSES_ARRAYS = 8
 BATCH_BYTES_PER_TOKEN = 3 * 8 + 4 + 2 * 8
 """Tensors of a Batch: three int64 and one int32 a position, and two lists of rows."""
 
@@ -106,17 +107,23 @@ class Planner:
         machine: Machine,
         num_samples: int | None,
         sequence_tokens: int | None,
+        stage: int = 0,
     ) -> None:
-        self._path, self._overrides, self._machine = path, list(overrides), machine
-        self._config = load_config(path, overrides)
+        """``stage`` of a run in stages counts from 0; its student is that of the first, which is not trained yet."""
+        self._path, self._overrides, self._machine, self._stage = path, list(overrides), machine, stage
+        stages = load_stages(path, overrides)
+        self._config = stages[stage]
         self._teacher = _teacher_config(self._config)
-        self._student = student_config(self._config.student, self._teacher)
+        first = self._teacher if stage == 0 else _teacher_config(stages[0])
+        self._student = student_config(stages[0].student, first)
         vocab_size = self._student.get_text_config().vocab_size
         self._data = _data_facts(self._config, vocab_size, num_samples, sequence_tokens)
 
     def plan(self, *overrides: str) -> Plan:
         """The run with ``overrides`` on top. Raises ConfigError when its parts do not fit together."""
-        config = load_config(self._path, [*self._overrides, *overrides]) if overrides else self._config
+        config = self._config
+        if overrides:
+            config = load_stages(self._path, [*self._overrides, *overrides])[self._stage]
         content, name = read_deepspeed_json(config.zero)
         run = resolve(
             config,
@@ -198,7 +205,7 @@ def _data_facts(config: RunConfig, vocab_size: int, num_samples: int | None, seq
 def _head_fraction(config: RunConfig) -> float:
     """Share of positions whose logits are formed: all, unless every term looks at masked ones alone."""
     everywhere = any(isinstance(term, LogitTerm) and term.restrict_to == "all" for term in config.losses)
-    return 1.0 if everywhere or config.task.kind == "causal_lm" else config.task.mask_fraction
+    return 1.0 if everywhere or config.task.kind != "masked_lm" else config.task.mask_fraction
 
 
 def _projection_parameters(config: RunConfig, student: PreTrainedModel, teacher: PreTrainedModel | None) -> int:
@@ -236,14 +243,18 @@ def _step_parts(
     tokens = micro * sequence_tokens
     known = teacher.config if teacher is not None else cached
     teacher_width = known.get_text_config().hidden_size if known is not None else None
-    loss = head_loss_bytes(
-        config,
-        num_rows=round(_head_fraction(config) * tokens),
-        head=student.get_output_embeddings().weight,
-        teacher_width=teacher_width,
-        precision=run.precision,
-        kind=kind,
-    )
+    head = student.get_output_embeddings()
+    if head is None:  # few classes: logits of both models, and what the terms make of them
+        loss = FEW_CLASSES_ARRAYS * 4 * tokens * (student.config.num_labels or 2)
+    else:
+        loss = head_loss_bytes(
+            config,
+            num_rows=round(_head_fraction(config) * tokens),
+            head=head.weight,
+            teacher_width=teacher_width,
+            precision=run.precision,
+            kind=kind,
+        )
     activations = activation_bytes(student, run.precision, micro, sequence_tokens, config.run.gradient_checkpointing)
     return [
         *(_teacher_parts(teacher, run, tokens) if teacher is not None else ()),

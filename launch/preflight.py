@@ -23,7 +23,7 @@ from engine.log import run_main
 if TYPE_CHECKING:
     from engine.config.run import TeacherSection
     from engine.cost import ParameterCount
-    from engine.planning import Machine, Plan
+    from engine.planning import Machine, Plan, Planner
 
 _UNITS = {"": 1.0, "MB": 1e6, "GB": 1e9, "TB": 1e12, "MIB": 2.0**20, "GIB": 2.0**30}
 
@@ -68,7 +68,8 @@ def main() -> int:
         from launch.preflight_cluster import check_cluster
 
         return check_cluster(arguments, str(Path(__file__).resolve()))
-    from engine.planning import Machine, Planner  # after the arguments: --help answers at once
+    from engine.config.load import load_stages  # after the arguments: --help answers at once
+    from engine.planning import Machine, Planner
 
     machine = Machine(
         arguments.accelerator,
@@ -80,7 +81,19 @@ def main() -> int:
     if arguments.cache_trial:
         print("\n".join(_trial_lines(arguments.config, arguments.overrides, arguments.cache_trial)))
         return 0
-    planner = Planner(arguments.config, arguments.overrides, machine, arguments.samples, arguments.sequence_tokens)
+    stages = load_stages(arguments.config, arguments.overrides)
+    codes = []
+    for number, stage in enumerate(stages):
+        if len(stages) > 1:
+            print(f"{'' if number == 0 else chr(10)}Stage       {stage.run.name}")
+        data = arguments.samples, arguments.sequence_tokens
+        planner = Planner(arguments.config, arguments.overrides, machine, *data, stage=number)
+        codes.append(_show(planner, machine))
+    return max(codes)
+
+
+def _show(planner: Planner, machine: Machine) -> int:
+    """Print the plan and the verdict; the exit code."""
     plan = planner.plan()
     print("\n".join([*_run_lines(plan, machine), "", *_memory_lines(plan), "", *_cost_lines(plan, machine), ""]))
     if machine.memory_bytes is None:

@@ -37,8 +37,10 @@ def teacher_bytes(model: PreTrainedModel, section: TeacherSection, value_bytes: 
     """
     total = sum(parameter.numel() for parameter in model.parameters())
     head = model.get_output_embeddings()
-    head_values = sum(parameter.numel() for parameter in head.parameters(recurse=False))
-    tied = any(parameter is head.weight for m in model.modules() if m is not head for parameter in _own(m))
+    head_values = 0 if head is None else sum(parameter.numel() for parameter in head.parameters(recurse=False))
+    tied = any(
+        head is not None and parameter is head.weight for m in model.modules() if m is not head for parameter in _own(m)
+    )
     body = total if tied else total - head_values
     largest = max(sum(parameter.numel() for parameter in _own(m)) for m in model.modules() if m is not head)
     if section.placement == "zero3":
