@@ -144,6 +144,7 @@ class Distiller:
             status: Status = "failed"
             try:
                 finished = trainer.train()
+                trainer.engine.close()
                 status = "completed" if finished else "stopped"
             except StillhouseError:  # agreed by all ranks, which therefore are all there to finish a save
                 watch.settle()

@@ -105,6 +105,17 @@ class StudentEngine:
     def num_skipped_steps(self) -> int:
         return int(self._engine.skipped_steps)
 
+    def close(self) -> None:
+        """Let go of the weights and what DeepSpeed keeps for them: its hooks on parameters hold the engine for ever."""
+        module, optimizer = self._engine.module, self._engine.optimizer
+        self._engine.destroy()
+        if self.zero_stage == 3:  # its parameters stay, held by hooks that Python cannot see: without what they hold
+            for parameter in module.parameters():
+                parameter.data = parameter.new_empty(0)
+                parameter.__dict__.clear()
+            optimizer.__dict__.clear()
+            self._engine.__dict__.clear()
+
     def save(self, folder: Path) -> list[Future[WrittenFile]]:
         """Take a copy of all state in host memory and write it to ``folder`` in the background.
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import transformers
 
 from engine import Callback, Distiller
@@ -162,3 +164,24 @@ def test_a_teacher_of_other_labels_and_a_stage_without_data(root: Path) -> None:
     with pytest.raises(DataError, match=r"nothing/manifest\.json"):
         Distiller(config | {"stages": stages}).fit()
     assert not (root / task / "runs" / "other").exists(), "all stages are looked at before the first begins"
+
+
+def held_bytes() -> int:
+    gc.collect()
+    tensors = [each for each in gc.get_objects() if isinstance(each, torch.Tensor) and each.device.type == "cpu"]
+    return sum({each.untyped_storage().data_ptr(): each.untyped_storage().nbytes() for each in tensors}.values())
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_stages_leave_no_weights_in_memory(root: Path, stage: int) -> None:
+    student = {"config": labelled.BERT | {"hidden_size": 64, "intermediate_size": 256}}
+    name = f"memory{stage}"
+    config = settings(
+        root, "token_classification", name, run={"num_steps": 2}, student=student,
+        zero={"zero_optimization": {"stage": stage}}, stages=[{"name": name} for name in ("a", "b", "c")],
+    )  # fmt: skip
+    before = held_bytes()
+    assert Distiller(config).fit()
+    weights = (root / "token_classification" / "runs" / name / "export" / "model.safetensors").stat().st_size
+    assert weights > 300_000
+    assert held_bytes() - before < weights / 4, "three stages, each with weights, gradients and two moments"
