@@ -8,9 +8,10 @@ have ``<key>.labels.npy`` and ``<key>.pieces.npy`` as well, and ``<key>.example.
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from functools import lru_cache
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
@@ -28,6 +29,9 @@ INDEX_DTYPES = (INDEX_DTYPE, np.dtype(INDEX_DTYPE.descr[:3]))
 
 _UNSIGNED = (np.dtype("u1"), np.dtype("<u2"), np.dtype("<u4"))
 _MAX_CACHED_HEADERS = 4096
+_PARSER_ATTEMPTS = 8
+
+Parsed = TypeVar("Parsed")
 _npy_headers: dict[bytes, tuple[np.dtype, int]] = {}
 
 
@@ -135,13 +139,34 @@ def decode_array(record: bytes, member: Member) -> np.ndarray:
     return np.frombuffer(record, dtype, length, content)
 
 
-def _read_npy_header(header: bytes, member: Member) -> tuple[np.dtype, int]:
+def read_array(content: bytes) -> np.ndarray:
+    """A whole .npy file. Raises whatever NumPy does for a damaged one."""
+    return _parsed(lambda: np.lib.format.read_array(io.BytesIO(content), allow_pickle=False))
+
+
+def _parsed(read: Callable[[], Parsed]) -> Parsed:
+    """NumPy reads headers with Python's parser, which may fail in a thread while another is in it: SystemError, "AST
+    constructor recursion depth mismatch" (CPython 3.11)."""
+    for _ in range(_PARSER_ATTEMPTS):
+        try:
+            return read()
+        except SystemError:
+            time.sleep(0.001)
+    return read()
+
+
+def _header_of(header: bytes) -> tuple[tuple[int, ...], np.dtype]:
     stream = io.BytesIO(header)
+    version = np.lib.format.read_magic(stream)
+    if version != (1, 0):
+        raise ValueError(f"format version {version}, expected (1, 0)")
+    shape, _, dtype = np.lib.format.read_array_header_1_0(stream)
+    return shape, dtype
+
+
+def _read_npy_header(header: bytes, member: Member) -> tuple[np.dtype, int]:
     try:
-        version = np.lib.format.read_magic(stream)
-        if version != (1, 0):
-            raise ValueError(f"format version {version}, expected (1, 0)")
-        shape, _, dtype = np.lib.format.read_array_header_1_0(stream)
+        shape, dtype = _parsed(lambda: _header_of(header))
     except Exception as problem:  # NumPy raises ValueError, SyntaxError, TypeError or UnicodeError by the damage
         raise DamagedRecord(f"{member.name} does not decode ({problem})", member.key) from problem
     if dtype not in _UNSIGNED or len(shape) != 1:

@@ -37,6 +37,7 @@ from engine.data.record import (
     Decoded,
     decode,
     diagnose,
+    read_array,
 )
 from engine.errors import DataError
 from engine.schema import Sample
@@ -205,7 +206,7 @@ class ShardSet:
 
 def _load_array(content: bytes, address: str, dtypes: Sequence[np.dtype], length: int) -> np.ndarray:
     try:
-        array = np.lib.format.read_array(io.BytesIO(content), allow_pickle=False)
+        array = read_array(content)
     except Exception as problem:  # NumPy's reader raises by the damage
         raise DataError(f"{address}: not a .npy file ({problem}); build the shards again") from problem
     if array.dtype not in dtypes or array.shape != (length,):
