@@ -28,6 +28,7 @@ from engine.resume import load_checkpoint, open_run_folder
 from engine.sharing import read_by_main
 from engine.state import TrainState
 from engine.student.module import StudentWithObjective
+from engine.tasks.task import check_heldout
 from engine.teacher.ahead import InTurn, OneAhead
 from engine.teacher.cached import CachedTargets, Live
 from engine.teacher.online import OnlineTeacher
@@ -107,7 +108,7 @@ def build_trainer(
         control=place.control,
         stop=stop,
         watch=watch,
-        records=_records(run, place, objective, flops),
+        records=_records(run, place, objective, flops, manifest.has_labels),
         show_progress=show,
         callbacks=Callbacks(callbacks if place.control.is_main else ()),
         checkpoint_meta=meta,
@@ -115,7 +116,9 @@ def build_trainer(
     )
 
 
-def _records(run: ResolvedRun, place: Place, objective: Objective, flops_per_token: float) -> RecordMaker:
+def _records(
+    run: ResolvedRun, place: Place, objective: Objective, flops_per_token: float, has_labels: bool
+) -> RecordMaker:
     return RecordMaker(
         objective,
         num_steps=run.num_steps,
@@ -123,6 +126,7 @@ def _records(run: ResolvedRun, place: Place, objective: Objective, flops_per_tok
         device=place.device,
         flops_per_token=flops_per_token,
         peak_flops=_peak(place.device, run.precision),
+        has_labels=has_labels,
     )
 
 
@@ -167,10 +171,15 @@ def _loader(parts: Parts, place: Place, num_bad_samples: int, cached: CachedTarg
 
 def _evaluator(parts: Parts, objective: Objective, place: Place) -> Evaluator | None:
     section = parts.run.config.evaluation
+    if section.test_manifest is not None:  # scored at the end: what is wrong with it is told now
+        test = open_shards(section.test_manifest, parts.run.config.data.allow_pipe, place)
+        check_heldout(test.manifest, parts.shards.manifest, section.test_manifest)
     if section.manifest is None:
         return None
+    shards = open_shards(section.manifest, parts.run.config.data.allow_pipe, place)
+    check_heldout(shards.manifest, parts.shards.manifest, section.manifest)
     return Evaluator(
-        open_shards(section.manifest, parts.run.config.data.allow_pipe, place),
+        shards,
         parts.task,
         objective,
         max_sequences=held_out_limit(parts.run.config),

@@ -22,6 +22,7 @@ from engine.report.results import BATCH_SEQUENCES, Role
 from engine.schema import Batch
 from engine.student.module import StudentWithObjective
 from engine.tasks.scores import Scores
+from engine.tasks.task import check_heldout
 from engine.teacher.online import OnlineTeacher
 from engine.teacher.source import NoTeacher
 
@@ -40,6 +41,7 @@ class Contender:
 def compare(contenders: list[Contender], parts: Parts, place: Place, manifest: str) -> Results:
     """Score ``contenders`` on the held-out shards at ``manifest``. The teacher, if any, is asked live."""
     shards = ShardSet.open(manifest, allow_pipe=parts.run.config.data.allow_pipe)
+    check_heldout(shards.manifest, parts.shards.manifest, manifest)
     teacher = next((c.model for c in contenders if c.role == "teacher"), None)
     evaluations = {
         c.name: _evaluate(c.model, teacher, shards, parts, place) for c in contenders if c.model is not teacher

@@ -14,7 +14,7 @@ from engine.callbacks import Callback
 from engine.config.load import load_stages, parse_stages
 from engine.config.run import RunConfig
 from engine.dist import Control, StopSignal, leave_group, read_ranks
-from engine.errors import ConfigError, StillhouseError
+from engine.errors import ConfigError, DataError, StillhouseError
 from engine.finish import finish_run
 from engine.hosts.allocation import hosts_of_ranks
 from engine.hosts.check import check_hosts
@@ -108,7 +108,10 @@ class Distiller:
         done = place.control.from_main(sum(map(is_finished, self.stages[:-1])) if place.control.is_main else 0)
         left = self.stages[done:]
         for stage in left if len(left) > 1 else ():
-            check_run_against_data(stage, place)
+            try:
+                check_run_against_data(stage, place)
+            except (ConfigError, DataError) as problem:
+                raise type(problem)(f"stage {stage.run.name}: {problem}") from problem
         return left
 
     def _fit_stage(self, stage: RunConfig, place: Place, stop: StopSignal, watch: Watch) -> bool:

@@ -40,8 +40,9 @@ class RecordMaker:
         device: torch.device,
         flops_per_token: float,
         peak_flops: float | None,
+        has_labels: bool = True,
     ) -> None:
-        self._objective = objective
+        self._objective, self._has_labels = objective, has_labels
         self._num_steps, self._world_size, self._device = num_steps, world_size, device
         self._flops_per_token, self._peak_flops = flops_per_token, peak_flops
         self._labels = self._tokens = self._metric_labels = 0
@@ -107,10 +108,13 @@ class RecordMaker:
         weighted = [mean[f"{name}_weighted"] for name in objective.names]
         record = {"loss/objective": sum(weighted)}
         record |= {f"loss/{name}": value for name, value in mean.items() if name not in METRICS}
-        record |= {"student/loss": mean["student_nll"], "student/perplexity": _perplexity(mean["student_nll"])}
+        if self._has_labels:
+            record |= {"student/loss": mean["student_nll"], "student/perplexity": _perplexity(mean["student_nll"])}
         # a cache may know the teacher's first choice and neither its loss nor its distribution at temperature 1
         known = {
-            "teacher/perplexity": _perplexity(mean["teacher_nll"]) if mean["teacher_nll"] else None,
+            "teacher/perplexity": _perplexity(mean["teacher_nll"])
+            if mean["teacher_nll"] and self._has_labels
+            else None,
             "kl/temperature_1": mean["kl_temperature_1"] or None,
             "agreement/top1": mean["agreement"] if any(mean[name] for name in METRICS[1:]) else None,
         }
@@ -119,7 +123,9 @@ class RecordMaker:
     @staticmethod
     def headline(record: dict[str, float]) -> dict[str, str]:
         """What the progress bar shows."""
-        fields = {"loss": f"{record['loss/objective']:.3f}", "ppl": f"{record['student/perplexity']:.1f}"}
+        fields = {"loss": f"{record['loss/objective']:.3f}"}
+        if "student/perplexity" in record:
+            fields["ppl"] = f"{record['student/perplexity']:.1f}"
         if "agreement/top1" in record:
             fields["agree"] = f"{record['agreement/top1']:.1%}"
         fields["tok/s"] = f"{record['throughput/tokens_per_second']:,.0f}"

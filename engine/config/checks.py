@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 
 from engine.config.measures import MEASURES
@@ -11,6 +12,9 @@ from engine.errors import ConfigError
 
 LABEL_TERMS = frozenset({"cross_entropy"})
 """Terms that need no teacher."""
+
+FROZEN_PARTS = "embeddings, word_ position_ or token_type_embeddings, layers, layers 3, layers 0-5, encoder, head"
+FROZEN_PART = re.compile(r"((word|position|token_type)_)?embeddings|encoder|head|layers(\s+\d+(\s*-\s*\d+)?)?")
 
 _SCHEDULE_SETTINGS = {
     "final_fraction": ("linear", "cosine", "wsd", "plateau"),
@@ -34,6 +38,7 @@ def check_run(config: RunConfig, num_steps: int) -> None:
         _evaluation(config),
         _early_stop(config),
         _masking(config),
+        _freeze(config),
         _even_pairs(config),
         _few_classes(config),
     )
@@ -178,6 +183,13 @@ def _masking(config: RunConfig) -> Iterator[str]:
     for name in _changed(config.task):
         if name.startswith("mask_"):
             yield f"task.{name} has no effect with task.kind: {config.task.kind}"
+
+
+def _freeze(config: RunConfig) -> Iterator[str]:
+    """Names alone: whether the student has the part is known when it is built."""
+    for part in config.freeze:
+        if not FROZEN_PART.fullmatch(part):
+            yield f"freeze: there is no part {part!r}; the parts are {FROZEN_PARTS}"
 
 
 def _even_pairs(config: RunConfig) -> Iterator[str]:

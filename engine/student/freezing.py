@@ -8,10 +8,10 @@ from collections.abc import Callable, Sequence
 from torch import nn
 from transformers import PreTrainedModel
 
+from engine.config.checks import FROZEN_PARTS
 from engine.errors import ConfigError
 from engine.models import layer_stack
 
-PARTS = "embeddings, word_ position_ or token_type_embeddings, layers, layers 3, layers 0-5, encoder, head"
 _LAYERS = re.compile(r"layers(?:\s+(\d+)(?:\s*-\s*(\d+))?)?")
 _POSITIONS = ("position_embeddings", "position_embedding", "embed_positions", "wpe")
 
@@ -25,7 +25,7 @@ def freeze(model: PreTrainedModel, parts: Sequence[str]) -> int:
     for part in parts:
         found = parameters_of(model, part)
         if not found:
-            raise ConfigError(f"freeze: {type(model).__name__} has no {part!r}; the parts are {PARTS}")
+            raise ConfigError(f"freeze: {type(model).__name__} has no {part!r}; the parts are {FROZEN_PARTS}")
         frozen |= {id(parameter): parameter for parameter in found}
     for parameter in frozen.values():
         parameter.requires_grad_(False)
@@ -52,7 +52,7 @@ def parameters_of(model: PreTrainedModel, part: str) -> list[nn.Parameter]:
         "head": lambda: _head(model),
     }
     if part not in chosen:
-        raise ConfigError(f"freeze: there is no part {part!r}; the parts are {PARTS}")
+        raise ConfigError(f"freeze: there is no part {part!r}; the parts are {FROZEN_PARTS}")
     return chosen[part]()
 
 

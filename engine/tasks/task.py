@@ -45,6 +45,20 @@ class Task(Reads, Protocol):
         """Of all sequences; None for a task over the vocabulary, which is judged by its loss."""
 
 
+def check_heldout(heldout: Manifest, training: Manifest, where: str) -> None:
+    """Raises DataError when held-out shards are not of the training's task, tokenizer and labels, or have no labels:
+    their scores would mean nothing."""
+    for name in ("task", "tokenizer", "vocab_size", "labels"):
+        there, here = getattr(heldout, name), getattr(training, name)
+        if there != here:
+            raise DataError(
+                f"{where}: its {name} is {there}, that of the training shards is {here}; build the held-out shards "
+                "with the same tokenizer, and with --labels of the training shards' manifest.json"
+            )
+    if not heldout.has_labels:
+        raise DataError(f"{where}: has no labels, so nothing can be scored on it; give labelled data")
+
+
 def build_task(
     config: TaskSection, tokenizer: PreTrainedTokenizerBase, manifest: Manifest, token_counts: np.ndarray
 ) -> Task:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -150,6 +151,27 @@ def test_data_without_labels_teach_what_the_teacher_says_alone(root: Path) -> No
     lines = (root / task / "runs" / "unlabelled" / "metrics.jsonl").read_text().splitlines()
     trained = [json.loads(line) for line in lines if "loss/objective" in line]
     assert trained[-1]["loss/objective"] < trained[0]["loss/objective"]
+    assert not any(key.startswith(("student/", "teacher/")) for key in trained[0]), "no label, no loss on labels"
+    scored = {"manifest": str(manifest)}
+    with pytest.raises(DataError, match="has no labels, so nothing can be scored"):
+        Distiller(settings(root, task, "unscored", evaluation=scored)).fit()
+
+
+def test_heldout_labels_in_another_order_are_refused(root: Path) -> None:
+    task = "token_classification"
+    config = settings(root, task, "order")
+    other = root / "order"
+    other.mkdir()
+    shutil.copytree(root / task / "tokenizer", other / "tokenizer")
+    manifest = labelled.shards(other, task, "dev", 9, seed=1)
+    content = json.loads(manifest.read_text())
+    content["labels"] = content["labels"][::-1]
+    manifest.write_text(json.dumps(content))
+    for key in ("manifest", "test_manifest"):
+        evaluation = config["evaluation"] | {key: str(manifest)}
+        with pytest.raises(DataError, match="its labels is"):
+            Distiller(config | {"evaluation": evaluation}).fit()
+    assert not (root / task / "runs" / "order" / "metrics.jsonl").exists(), "told before the first step"
 
 
 def test_a_teacher_of_other_labels_and_a_stage_without_data(root: Path) -> None:
@@ -161,7 +183,10 @@ def test_a_teacher_of_other_labels_and_a_stage_without_data(root: Path) -> None:
     (other / "config.json").write_text(json.dumps(content))
     refused(config | {"teacher": {"kind": "online", "model": str(other)}}, ConfigError, "B-X", "in this order")
     stages = [{"name": "first"}, {"name": "second", "data": {"manifest": str(root / "nothing" / "manifest.json")}}]
-    with pytest.raises(DataError, match=r"nothing/manifest\.json"):
+    with pytest.raises(DataError, match=r"stage 02-second: .*nothing/manifest\.json"):
+        Distiller(config | {"stages": stages}).fit()
+    stages = [{"name": "first"}, {"name": "second", "freeze": ["pooler"]}]
+    with pytest.raises(ConfigError, match="stage 02-second: freeze: there is no part 'pooler'"):
         Distiller(config | {"stages": stages}).fit()
     assert not (root / task / "runs" / "other").exists(), "all stages are looked at before the first begins"
 
