@@ -13,6 +13,7 @@ from engine.cache.recording import build_recorder
 from engine.callbacks import Callback, Callbacks
 from engine.checkpoint import CheckpointStore
 from engine.config.resolve import ResolvedRun
+from engine.config.run import RunConfig
 from engine.cost import peak_flops, training_flops_per_token
 from engine.data.loader import Loader
 from engine.data.order import DataOrder
@@ -165,6 +166,7 @@ def _loader(parts: Parts, place: Place, num_bad_samples: int, cached: CachedTarg
         max_bad_samples=data.max_bad_samples,
         num_bad_samples=num_bad_samples,
         pin_memory=place.device.type == "cuda",
+        one_width=_one_width(run.config),
         cached=cached,
     )
 
@@ -186,7 +188,13 @@ def _evaluator(parts: Parts, objective: Objective, place: Place) -> Evaluator | 
         batch=parts.run.batch,
         control=place.control,
         device=place.device,
+        one_width=_one_width(parts.run.config),
     )
+
+
+def _one_width(config: RunConfig) -> bool:
+    """The ranks of a group exchange their inputs, which takes one shape."""
+    return config.teacher.placement == "tensor_parallel"
 
 
 def _live(parts: Parts, place: Place) -> Live | None:

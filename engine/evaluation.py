@@ -105,7 +105,9 @@ class Evaluator:
         batch: BatchPlan,
         control: Control,
         device: torch.device,
+        one_width: bool = False,
     ) -> None:
+        """``one_width`` as of a Loader."""
         ranks = control.ranks
         counts = shards.manifest.samples_per_shard
         count = min(max_sequences or sum(counts), sum(counts))
@@ -121,6 +123,7 @@ class Evaluator:
             micro_sequences=micro,
             rank=ranks.rank,
             world_size=ranks.world_size,
+            one_width=one_width,
         )
         self._task, self._objective, self._device, self._control = task, objective, device, control
 

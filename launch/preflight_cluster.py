@@ -36,14 +36,14 @@ def check_cluster(arguments: argparse.Namespace, script: str) -> int:
 
 
 def _meet_and_examine(arguments: argparse.Namespace) -> int:
-    from engine.config.load import load_config
+    from engine.config.load import load_stages
     from engine.dist import leave_group
     from engine.log import setup
     from engine.meeting import meet
     from engine.rendezvous import read_ranks
     from engine.watch import Watch
 
-    config = load_config(arguments.config, arguments.overrides)
+    config = load_stages(arguments.config, arguments.overrides)[0]
     ranks = read_ranks()
     setup(ranks.rank)
     try:

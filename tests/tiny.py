@@ -39,8 +39,11 @@ def tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def shards(folder: Path, task: str, *, num_samples: int = 96, sequence_tokens: int = 32, seed: int = 0) -> Path:
-    """Three shards of packed documents in which each word depends on the one before. Returns the manifest."""
+def shards(
+    folder: Path, task: str, *, num_samples: int = 96, sequence_tokens: int = 32, seed: int = 0, packed: bool = True
+) -> Path:
+    """Three shards of documents in which each word depends on the one before, packed or one a sequence. Returns the
+    manifest."""
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(seed)
     vocabulary = tokenizer()
@@ -50,6 +53,7 @@ def shards(folder: Path, task: str, *, num_samples: int = 96, sequence_tokens: i
         with ShardWriter(folder / f"shard-{number:06d}.tar", token_dtype(len(vocabulary))) as writer:
             for n in range(size):
                 ids, lengths = _sequence(rng, sequence_tokens)
+                ids, lengths = (ids, lengths) if packed else (ids[: lengths[0]], lengths[:1])
                 counts += np.bincount(ids, minlength=len(counts))
                 writer.add(f"{number:06d}-{n:08d}", ids, lengths)
         assert writer.entry is not None

@@ -12,7 +12,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import shutil
 from collections.abc import Mapping
@@ -30,6 +29,7 @@ from engine.cache.sidecar import Sidecar, SidecarHeader
 from engine.data.address import BLOCK_BYTES, ByteSource, LocalFile, OnceCache, RemoteFile, beside, is_remote, read_bytes
 from engine.data.atomic import create_once, files_below, write_atomically
 from engine.data.manifest import Manifest, ShardEntry
+from engine.data.record import read_array
 from engine.data.shards import ShardSet
 from engine.errors import CacheError, ConfigError, MissingError
 from engine.schema import Head
@@ -134,7 +134,7 @@ class CacheFolder:
     def ranks(self) -> np.ndarray:
         """[V]. Raises CacheError when it is missing or damaged."""
         content = self._checked(RANKS, self.identity.ranks_sha256)
-        return np.lib.format.read_array(io.BytesIO(content), allow_pickle=False)
+        return read_array(content)
 
     def head(self) -> Head:
         """The teacher's head, of a cache that keeps states. Raises CacheError when it is missing or damaged."""

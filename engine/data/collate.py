@@ -16,16 +16,20 @@ Labelled = tuple[np.ndarray, np.ndarray]
 """input_ids [N] and labels [N] of samples laid end to end; nothing for a sample that is not sound"""
 
 
-def collate(samples: Sequence[Sample], labelled: Labelled, *, pad_id: int, sequence_tokens: int) -> Batch:
+def collate(
+    samples: Sequence[Sample], labelled: Labelled, *, pad_id: int, sequence_tokens: int, one_width: bool = False
+) -> Batch:
     """Samples, with their input ids and labels, as a Batch.
 
-    T is the longest sample rounded up to a multiple of 8, but at most ``sequence_tokens``. A sample that is not sound
-    becomes a row of padding that counts nowhere; it is one segment, so that attention over it is defined.
+    T is the longest sample rounded up to a multiple of 8, but at most ``sequence_tokens``; with ``one_width`` always
+    that. A sample that is not sound becomes a row of padding that counts nowhere; it is one segment, so that attention
+    over it is defined.
     """
     lengths = np.array([len(sample.token_ids) if sample.sound else 0 for sample in samples])
     longest = int(lengths.max())
     assert longest <= sequence_tokens
     width = min(max(-(-longest // PAD_MULTIPLE), 1) * PAD_MULTIPLE, sequence_tokens)
+    width = sequence_tokens if one_width else width
     is_token = np.arange(width) < lengths[:, None]
     input_ids, labels = (_grid(flat, is_token, fill) for flat, fill in zip(labelled, (pad_id, IGNORE)))
     segments, starts, packed = _documents(samples, lengths, width)

@@ -69,7 +69,7 @@ class Loader:
 
     Step t holds sequences [t * global_sequences, (t + 1) * global_sequences) of ``order``; a rank takes those whose
     number is ``rank`` modulo ``world_size``. ``label`` is a task's, its rounds are the epochs. ``cached`` puts the
-    teacher's targets beside each batch.
+    teacher's targets beside each batch. With ``one_width`` all batches are padded to the shards' sequence_tokens.
     """
 
     def __init__(
@@ -88,6 +88,7 @@ class Loader:
         max_bad_samples: int = 0,
         num_bad_samples: int = 0,
         pin_memory: bool = False,
+        one_width: bool = False,
         cached: TargetReader[Any] | None = None,
     ) -> None:
         assert global_sequences % (micro_sequences * world_size) == 0
@@ -96,7 +97,7 @@ class Loader:
         self._rank, self._world_size = rank, world_size
         self._reader_threads, self._prefetch_steps = reader_threads, prefetch_steps
         self._max_bad_samples, self._num_bad_samples = max_bad_samples, num_bad_samples
-        self._pin_memory, self._cached = pin_memory, cached
+        self._pin_memory, self._one_width, self._cached = pin_memory, one_width, cached
         # Two threads in NumPy at once take the interpreter from each other at every call, and cost more than one.
         self._turn = threading.Lock()
 
@@ -157,7 +158,8 @@ class Loader:
         manifest = self._shards.manifest
         with self._turn:
             labelled = self._label(samples, [location.epoch if location else 0 for location in locations])
-            batch = collate(samples, labelled, pad_id=manifest.pad_id, sequence_tokens=manifest.sequence_tokens)
+            batch = collate(samples, labelled, pad_id=manifest.pad_id, sequence_tokens=manifest.sequence_tokens,
+                            one_width=self._one_width)  # fmt: skip
             if self._cached is not None:
                 batch = replace(batch, cached=self._cached.targets(records, samples, labelled, batch))
         return _Collated(batch.pinned() if self._pin_memory else batch, tuple(damage))

@@ -23,6 +23,7 @@ LOSSES = [
     {"kind": "cross_entropy", "weight": 0.5},
     {"kind": "hidden_cosine", "layers": "spread"},
 ]
+UNPACKED = "causal_lm unpacked"
 TENSOR_PARALLEL = {"placement": "tensor_parallel", "tp_size": 2}
 
 
@@ -34,9 +35,13 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def settings(root: Path, name: str, stage: int, task: str, teacher: dict[str, Any]) -> dict[str, Any]:
     folder = root / task
     folder.mkdir(exist_ok=True)
+    if task == UNPACKED and not (folder / "train").exists():
+        tiny.model_folder(folder / "teacher", "causal_lm")
+        tiny.shards(folder / "train", "causal_lm", packed=False)
+        tiny.shards(folder / "heldout", "causal_lm", packed=False, num_samples=24, seed=1)
     return tiny.run_config(
         folder,
-        task,
+        task.removesuffix(" unpacked"),
         run={"name": name, "num_steps": STEPS},
         teacher=teacher,
         losses=LOSSES,
@@ -71,6 +76,7 @@ CASES = [
     (3, 2, "masked_lm", {"placement": "zero3"}),
     (2, 2, "causal_lm", TENSOR_PARALLEL),
     (3, 4, "causal_lm", TENSOR_PARALLEL),
+    (2, 2, UNPACKED, TENSOR_PARALLEL),
     (3, 4, "causal_lm", {"placement": "zero3"}),
     (2, 2, "masked_lm", {"offload": "cpu"}),
 ]

@@ -7,12 +7,13 @@ import pickle
 import tarfile
 import threading
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from engine.data.manifest import ShardEntry
-from engine.data.record import DOCUMENTS, INDEX_DTYPE, TOKENS, encode_array, token_dtype
+from engine.data.record import DOCUMENTS, INDEX_DTYPE, TOKENS, _npy_headers, encode_array, read_array, token_dtype
 from engine.data.shard_writer import ShardWriter
 from engine.data.shards import ShardSet
 from engine.errors import DataError
@@ -29,6 +30,31 @@ def test_samples_come_back_in_any_order(tmp_path: Path) -> None:
         assert sample.token_ids.dtype == np.uint16
         np.testing.assert_array_equal(sample.token_ids, ids)
         np.testing.assert_array_equal(sample.document_tokens, documents)
+
+
+def test_headers_are_read_again_where_another_thread_disturbs_the_parser(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """CPython 3.11 counts the parser's depth for all threads together, and may raise SystemError in one of them."""
+    whole = np.lib.format.read_array_header_1_0
+    calls = []
+
+    def disturbed(stream: io.BytesIO) -> Any:
+        calls.append(stream)
+        if len(calls) % 3:
+            raise SystemError("AST constructor recursion depth mismatch (before=156, after=175)")
+        return whole(stream)
+
+    written = samples_of(0, 7)
+    manifest = write_set(tmp_path)
+    _npy_headers.clear()
+    monkeypatch.setattr(np.lib.format, "read_array_header_1_0", disturbed)
+    shards = ShardSet.open(str(manifest))
+    for i, (_, ids, _) in enumerate(written):
+        np.testing.assert_array_equal(shards.read(0, i).token_ids, ids)
+    assert len(calls) >= 3
+    with (tmp_path / "shard-000000.index.npy").open("rb") as file:
+        np.testing.assert_array_equal(read_array(file.read()), np.load(tmp_path / "shard-000000.index.npy"))
 
 
 def test_webdataset_alone_reads_the_shards(tmp_path: Path) -> None:
