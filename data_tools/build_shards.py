@@ -28,7 +28,7 @@ from data_tools.parts import PartFolder, Parts, remove_parts
 from data_tools.pieces import Kind, Place, Tokenised
 from data_tools.readers import find_inputs, read_documents
 from data_tools.shard_folder import clear, refuse_other_settings
-from data_tools.shard_stream import HELDOUT, START, Stream, is_heldout, size_and_time, stamped, wanted_manifest
+from data_tools.shard_stream import HELDOUT, START, Stream, is_heldout, refuse_newer, stamped, wanted_manifest
 from data_tools.sizes import byte_count, show_bytes
 from data_tools.tokenizing import TokenizerSpec, encode_in_order
 from engine.data.manifest import ANNOTATED_TASKS, MANIFEST, Manifest
@@ -182,14 +182,8 @@ def _documents(source: str, options: argparse.Namespace) -> Iterator[str]:
 
 
 def _say_complete(inputs: list[str], options: argparse.Namespace) -> None:
-    _refuse_newer(inputs, options.output / MANIFEST)
+    refuse_newer(inputs, options.output / MANIFEST)
     print(f"{options.output}: complete already, nothing to do (--overwrite builds it anew)")
-
-
-def _refuse_newer(inputs: list[str], manifest: Path) -> None:
-    for path in inputs:
-        if Path(path).is_file() and size_and_time(path)[1] > size_and_time(str(manifest))[1]:
-            raise DataError(f"{path} changed after {manifest} was made from it; --overwrite builds the shards anew")
 
 
 def _print_summary(streams: list[Stream], num_empty: int, seconds: float) -> None:

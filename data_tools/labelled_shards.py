@@ -19,7 +19,7 @@ from data_tools.examples import OUTSIDE, Columns, Example, read_examples
 from data_tools.processes import map_in_order, process_pool
 from data_tools.readers import lines_of
 from data_tools.shard_folder import ShardFolder
-from data_tools.shard_stream import HELDOUT, is_heldout, stamped, wanted_manifest
+from data_tools.shard_stream import HELDOUT, is_heldout, refuse_newer, stamped, wanted_manifest
 from data_tools.sizes import show_bytes
 from engine.data.manifest import MANIFEST, Manifest
 from engine.errors import DataError
@@ -65,6 +65,7 @@ def _fill(
     source = [stamped(inputs), heldout]
     with ShardFolder(folder, wanted, source, overwrite=options.overwrite) as shards:
         if shards.manifest is not None:
+            refuse_newer(inputs, folder / MANIFEST)
             print(f"{folder}: complete already, nothing to do (--overwrite builds it anew)")
             return
         start = shards.position[0] if shards.position else 0

@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable, Iterator, Sequence
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +23,15 @@ from data_tools.examples import Classified, Columns, Example, Question, Tagged, 
 from data_tools.readers import find_inputs
 from engine.data.annotation import UNKNOWN
 from engine.data.atomic import write_atomically
-from engine.errors import ConfigError
+from engine.errors import ConfigError, DataError
 from engine.log import Progress, run_main
-from engine.models import MODEL_CLASSES, load_hf_config
+from engine.models import MODEL_CLASSES, load_hf_config, shell
+from engine.tasks.packing_trial import num_positions
 from engine.tasks.squad import Candidate, best_answer, choose_answers
+
+_SEQUENCE_TOKENS = 384
+_SEQUENCES = 32
+"""Of a forward pass at most: a long context has many windows."""
 
 Forward = Callable[[dict[str, np.ndarray]], list[np.ndarray]]
 """[B, T] int64 inputs to the model's outputs"""
@@ -38,9 +43,8 @@ def main(argv: list[str] | None = None) -> int:
     task = _task_of(config, options.model)
     takes_pairs = getattr(config, "type_vocab_size", 1) > 1
     forward = _onnx(options.model) if options.onnx else _torch(options.model, task)
-    spec = EncodingSpec(
-        task, options.model, options.sequence_tokens, (), options.overlap_tokens, options.question_tokens
-    )
+    tokens = _sequence_tokens(options.sequence_tokens, num_positions(shell(config, MODEL_CLASSES[task])))
+    spec = EncodingSpec(task, options.model, tokens, (), options.overlap_tokens, options.question_tokens)
     predictor = Predictor(
         task,
         {int(i): str(name) for i, name in (config.id2label or {}).items()},
@@ -49,14 +53,16 @@ def main(argv: list[str] | None = None) -> int:
         config.pad_token_id or 0,
         options.always_answer,
     )
-    (path,) = find_inputs([options.input], any_ending=True)
     columns = Columns(options.text_column, options.second_column, "", options.columns)
-    examples = read_examples(task, path, columns, unlabelled=True)
+    paths = find_inputs([options.input], any_ending=True)
+    examples = chain.from_iterable(read_examples(task, path, columns, unlabelled=True) for path in paths)
     encoder = ExampleEncoder(spec)
     with Progress(total=None, label="examples") as progress:
         while batch := list(islice(examples, options.batch_examples)):
             predictor.add(batch, encoder(batch))
             progress.update(predictor.num_examples)
+    if predictor.num_examples == 0:
+        raise DataError(f"--input {options.input}: no example in it")
     write_atomically(options.output, predictor.text().encode())
     print(f"{options.output}: {predictor.num_examples:,} examples")
     return 0
@@ -82,7 +88,9 @@ class Predictor:
         self._candidates: list[Candidate] = []
 
     def add(self, examples: Sequence[Example], samples: Sequence[Sequence[Encoded]]) -> None:
-        outputs = self._run([sample for each in samples for sample in each])
+        every = [sample for each in samples for sample in each]
+        runs = (every[start : start + _SEQUENCES] for start in range(0, len(every), _SEQUENCES))
+        outputs = chain.from_iterable(map(self._run, runs))
         for example, own in zip(examples, samples):
             found = list(islice(outputs, len(own)))
             self._note(example, own, found)
@@ -131,6 +139,12 @@ class Predictor:
         return "".join(f"{line}\n" for line in self._lines)
 
 
+def _sequence_tokens(asked: int | None, limit: int | None) -> int:
+    if asked is not None and limit is not None and asked > limit:
+        raise ConfigError(f"--sequence-tokens {asked}: the model has {limit} positions")
+    return asked or min(_SEQUENCE_TOKENS, limit or _SEQUENCE_TOKENS)
+
+
 def _task_of(config: Any, where: str) -> str:
     kinds = {"TokenClassification": "token_classification", "SequenceClassification": "sequence_classification",
              "QuestionAnswering": "question_answering"}  # fmt: skip
@@ -168,12 +182,14 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="folder that a run exported, or a hub id")
     parser.add_argument(
-        "--input", required=True, help="file of examples, as for build_shards.py; labels are not looked at"
+        "--input", required=True, help="file of examples, as for build_shards.py; labels in it are not used"
     )
     parser.add_argument("--output", required=True, type=Path, help="file to write")
     parser.add_argument("--onnx", action="store_true", help="run MODEL/model.onnx with onnxruntime")
     parser.add_argument("--batch-examples", type=int, default=32, help="examples at once (default: 32)")
-    parser.add_argument("--sequence-tokens", type=int, default=384, help="tokens of a sequence at most (default: 384)")
+    parser.add_argument(
+        "--sequence-tokens", type=int, help="tokens of a sequence at most (default: 384, or the model's positions)"
+    )
     parser.add_argument("--overlap-tokens", type=int, default=128, help="that windows of a long context share")
     parser.add_argument("--question-tokens", type=int, default=64, help="of a question at most")
     parser.add_argument("--always-answer", action="store_true", help="every question has an answer, as in SQuAD 1.1")

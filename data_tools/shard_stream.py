@@ -109,6 +109,13 @@ def stamped(inputs: list[str]) -> Inputs:
     return [(path, *size_and_time(path)) if Path(path).is_file() else (path, None, None) for path in inputs]
 
 
+def refuse_newer(inputs: list[str], manifest: Path) -> None:
+    """Raises DataError for shards that are complete while their input changed afterwards."""
+    for path in inputs:
+        if Path(path).is_file() and size_and_time(path)[1] > size_and_time(str(manifest))[1]:
+            raise DataError(f"{path} changed after {manifest} was made from it; --overwrite builds the shards anew")
+
+
 def _command(options: argparse.Namespace) -> str:
     """The command without what does not change the result: where it is written, and by how many processes."""
     words = ["python", "data_tools/build_shards.py", "--task", options.task, "--input", *options.input]

@@ -78,13 +78,9 @@ def make_bare(root: Path) -> None:
 def copy(target: Path, value: str) -> None:
     if value != ". .":
         sys.exit(f"COPY {value}: only the whole project is copied")
-    names = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, check=True, capture_output=True).stdout
-    packed = subprocess.Popen(["tar", "c", "--null", "--files-from=-"], cwd=ROOT, stdin=subprocess.PIPE,
-                              stdout=subprocess.PIPE)  # fmt: skip
-    unpacked = subprocess.Popen(["tar", "x", "--no-same-owner"], cwd=target, stdin=packed.stdout)
-    packed.communicate(names)
-    if unpacked.wait() or packed.returncode:
-        sys.exit("the project could not be copied")
+    into = shlex.quote(str(target.resolve()))
+    words = f"git ls-files -z | tar c --null --files-from=- | tar x --no-same-owner --directory={into}"
+    subprocess.run(["bash", "-o", "pipefail", "-c", words], cwd=ROOT, check=True)
 
 
 def run(arguments: argparse.Namespace, folder: str, environment: dict[str, str], command: str) -> int:

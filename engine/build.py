@@ -12,7 +12,6 @@ from engine.cache.journal import Journal, records_kept
 from engine.cache.recording import build_recorder
 from engine.callbacks import Callback, Callbacks
 from engine.checkpoint import CheckpointStore
-from engine.config.resolve import ResolvedRun
 from engine.config.run import RunConfig
 from engine.cost import peak_flops, training_flops_per_token
 from engine.data.loader import Loader
@@ -109,7 +108,7 @@ def build_trainer(
         control=place.control,
         stop=stop,
         watch=watch,
-        records=_records(run, place, objective, flops, manifest.has_labels),
+        records=_records(parts, place, objective, flops),
         show_progress=show,
         callbacks=Callbacks(callbacks if place.control.is_main else ()),
         checkpoint_meta=meta,
@@ -117,9 +116,8 @@ def build_trainer(
     )
 
 
-def _records(
-    run: ResolvedRun, place: Place, objective: Objective, flops_per_token: float, has_labels: bool
-) -> RecordMaker:
+def _records(parts: Parts, place: Place, objective: Objective, flops_per_token: float) -> RecordMaker:
+    run = parts.run
     return RecordMaker(
         objective,
         num_steps=run.num_steps,
@@ -127,7 +125,8 @@ def _records(
         device=place.device,
         flops_per_token=flops_per_token,
         peak_flops=_peak(place.device, run.precision),
-        has_labels=has_labels,
+        has_labels=parts.shards.manifest.has_labels,
+        over_vocabulary=parts.task.over_vocabulary,
     )
 
 

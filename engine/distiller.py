@@ -11,7 +11,7 @@ from typing import Any
 
 from engine.build import build_trainer
 from engine.callbacks import Callback
-from engine.config.load import load_stages, parse_stages
+from engine.config.load import load_stages, parse_stages, refuse_stage
 from engine.config.run import RunConfig
 from engine.dist import Control, StopSignal, leave_group, read_ranks
 from engine.errors import ConfigError, DataError, StillhouseError
@@ -50,6 +50,7 @@ class Distiller:
         callbacks: Sequence[Callback] = (),
     ) -> None:
         if isinstance(config, RunConfig):
+            refuse_stage(config)
             self.stages = [config]
         elif isinstance(config, (str, Path)):
             self.stages = load_stages(str(config), overrides)

@@ -59,7 +59,7 @@ def evaluate_run(
 
     Raises CheckpointError when there is no such checkpoint, ConfigError when there is no held-out text.
     """
-    folder = newest_stage(folder)
+    whole, folder = folder, newest_stage(folder)
     config = read_config(folder, ["run.precision=auto", "teacher.precision=auto", *overrides])
     config = _without_training(config)
     if not (manifest or config.evaluation.test_manifest or config.evaluation.manifest):
@@ -72,6 +72,8 @@ def evaluate_run(
     results = score_student(load_student(folder, checkpoint, config.task.kind), parts, device, manifest, control)
     assert results is not None
     path = write_report(folder, results=results)
+    if whole != folder:
+        path = write_report(whole, results=results)
     return [*results_table(results), f"checkpoint: {checkpoint}", f"report: {path}"]
 
 

@@ -29,6 +29,7 @@ class RecordMaker:
     """Counts what the steps since the last record held.
 
     ``flops_per_token`` are those of training a token; ``peak_flops`` the device's, None where it is not known.
+    ``over_vocabulary``: perplexities say something.
     """
 
     def __init__(
@@ -41,8 +42,9 @@ class RecordMaker:
         flops_per_token: float,
         peak_flops: float | None,
         has_labels: bool = True,
+        over_vocabulary: bool = True,
     ) -> None:
-        self._objective, self._has_labels = objective, has_labels
+        self._objective, self._has_labels, self._over_vocabulary = objective, has_labels, over_vocabulary
         self._num_steps, self._world_size, self._device = num_steps, world_size, device
         self._flops_per_token, self._peak_flops = flops_per_token, peak_flops
         self._labels = self._tokens = self._metric_labels = 0
@@ -109,11 +111,13 @@ class RecordMaker:
         record = {"loss/objective": sum(weighted)}
         record |= {f"loss/{name}": value for name, value in mean.items() if name not in METRICS}
         if self._has_labels:
-            record |= {"student/loss": mean["student_nll"], "student/perplexity": _perplexity(mean["student_nll"])}
+            record["student/loss"] = mean["student_nll"]
+        if self._has_labels and self._over_vocabulary:
+            record["student/perplexity"] = _perplexity(mean["student_nll"])
         # a cache may know the teacher's first choice and neither its loss nor its distribution at temperature 1
         known = {
             "teacher/perplexity": _perplexity(mean["teacher_nll"])
-            if mean["teacher_nll"] and self._has_labels
+            if mean["teacher_nll"] and self._has_labels and self._over_vocabulary
             else None,
             "kl/temperature_1": mean["kl_temperature_1"] or None,
             "agreement/top1": mean["agreement"] if any(mean[name] for name in METRICS[1:]) else None,

@@ -35,11 +35,12 @@ def export_onnx(model: PreTrainedModel, folder: Path) -> Path:
     shape = (3, 17)  # neither a batch of one nor a round number: what is fixed by mistake shows in the comparison
     example = _example(model.config.vocab_size, names, shape)
     sizes = {0: torch.export.Dim("sequences", min=1, max=4096), 1: torch.export.Dim("tokens", min=2, max=1 << 16)}
-    path = folder / ONNX_FILE
+    path, written = folder / ONNX_FILE, folder / f".{ONNX_FILE}.partial"
+    path.unlink(missing_ok=True)
     torch.onnx.export(
         graph,
         tuple(example.values()),
-        str(path),
+        str(written),
         input_names=names,
         output_names=graph.output_names,
         dynamic_shapes={"inputs": tuple(sizes for _ in names)},
@@ -48,9 +49,11 @@ def export_onnx(model: PreTrainedModel, folder: Path) -> Path:
         verbose=False,
     )
     tried = [_example(model.config.vocab_size, names, each) for each in (shape, (1, 9))]
-    difference = max(_difference(graph, path, each) for each in tried)
+    difference = max(_difference(graph, written, each) for each in tried)
     if not difference <= TOLERANCE:
+        written.unlink()
         raise ConfigError(f"{path}: the graph gives other logits than the model, by {difference:.3g}")
+    written.rename(path)
     log.info("exported to %s; its logits differ by %.1g from the model's", path, difference)
     return path
 

@@ -87,12 +87,15 @@ def read_config(folder: Path, overrides: Sequence[str] = ()) -> RunConfig:
     return config
 
 
-def set_aside(folder: Path) -> Path | None:
-    """Rename an existing run folder, so that a new run starts in an empty one. Returns where the old one is."""
+def set_aside(folder: Path, into: Path | None = None) -> Path | None:
+    """Rename an existing run folder, so that a new run starts in an empty one. Returns where the old one is: beside it,
+    or in ``into``."""
     if not folder.exists():
         return None
+    into = into or folder.parent
+    into.mkdir(exist_ok=True)
     number = 1
-    while (target := folder.with_name(f"{folder.name}.{number}")).exists():
+    while (target := into / f"{folder.name}.{number}").exists():
         number += 1
     return folder.rename(target)
 

@@ -1,6 +1,7 @@
 """The folder of a run in stages: which stages are done, what the next one begins with, what the whole run leaves.
 
 runs/<name>/  stages/01-hidden/ (a run's folder, with FINISHED when it is done)  02-logits/ ...  export/  report.html
+              set_aside/ (stages that were done again)
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ log = logging.getLogger("stillhouse")
 
 FINISHED = "FINISHED"
 EXPORT = "export"
+SET_ASIDE = "set_aside"
 
 
 def folder_of(config: RunConfig) -> Path:
@@ -32,11 +34,7 @@ def folder_of(config: RunConfig) -> Path:
 def whole_folder(stages: Sequence[RunConfig]) -> Path:
     """Of the whole run: a run in one piece is its own."""
     folder = folder_of(stages[0])
-    return folder.parent.parent if is_stage(folder) else folder
-
-
-def is_stage(folder: Path) -> bool:
-    return folder.parent.name == FOLDER
+    return folder.parent.parent if stages[0].run.stage_of is not None else folder
 
 
 def newest_stage(folder: Path) -> Path:
@@ -66,7 +64,7 @@ def begin_at(stages: Sequence[RunConfig], name: str) -> None:
     if first is None:
         raise ConfigError(f"--from-stage {name}: the stages are {', '.join(names)}")
     for stage in stages[first:]:
-        if (old := set_aside(folder_of(stage))) is not None:
+        if (old := set_aside(folder_of(stage), whole_folder(stages) / SET_ASIDE)) is not None:
             log.info("what was in %s is now in %s", folder_of(stage), old)
 
 

@@ -97,7 +97,7 @@ class Trainer:
                 if context.with_metrics:
                     self._record(fetched.epoch)
                 is_best = False
-                if self.evaluator and config.evaluation.every_steps and step % config.evaluation.every_steps == 0:
+                if self._evaluates(step):
                     is_best = self._evaluate()
                 ends = step == last or self.state.stopped_early
                 if stop or ends or is_best or step % config.checkpoint.every_steps == 0:
@@ -109,6 +109,14 @@ class Trainer:
         if self.state.stopped_early:
             log.info("stopped early: held-out data were best after step %s", f"{self.state.best_step:,}")
         return self.state.step >= last or self.state.stopped_early
+
+    def _evaluates(self, step: int) -> bool:
+        """With early_stop after the last step too: it may have the best student."""
+        section = self.run.config.evaluation
+        if self.evaluator is None or section.every_steps is None:
+            return False
+        is_last = step == self.run.num_steps and self.run.config.early_stop is not None
+        return is_last or step % section.every_steps == 0
 
     def _fetch(self, batches: Generator[StepBatches, None, None]) -> StepBatches | StillhouseError:
         """An error of this rank is carried to the agreement, where no rank is left waiting."""

@@ -38,6 +38,13 @@ def parse_arguments() -> argparse.Namespace:
     arguments = parser.parse_intermixed_args()
     if arguments.model and not (arguments.nearest or arguments.pseudo_perplexity):
         parser.error("--model goes with --nearest or --pseudo-perplexity; the table is of a run: give --run")
+    looks = arguments.nearest or arguments.pseudo_perplexity
+    if arguments.teacher and not looks:
+        parser.error("--teacher goes with --nearest or --pseudo-perplexity; for the table give teacher.model=FOLDER")
+    if looks and (arguments.control or arguments.overrides):
+        parser.error("--control and key.path=value are for the table, not for --nearest and --pseudo-perplexity")
+    if arguments.model and arguments.checkpoint:
+        parser.error("--checkpoint is one of a run: give --run")
     return arguments
 
 

@@ -38,7 +38,7 @@ def main() -> int:
     read_meta(checkpoint)
     student = load_student(folder, checkpoint, config.task.kind)
     results = Results.load(folder) if arguments.checkpoint is None else None
-    output = export_run(student, folder, arguments.output or folder / "export", config, results, arguments.dtype)
+    output = export_run(student, folder, arguments.output or arguments.run / "export", config, results, arguments.dtype)
     if arguments.onnx:
         from engine.onnx_export import export_onnx
 

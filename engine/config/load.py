@@ -47,7 +47,21 @@ def _read(path: str, overrides: Sequence[str]) -> Source:
 
 
 def _stages(source: Source) -> list[RunConfig]:
-    return [_validate(stage.source, stage.name) for stage in expand(source)] or [_validate(source)]
+    if stages := expand(source):
+        return [_validate(stage.source, stage.name) for stage in stages]
+    config = _validate(source)
+    refuse_stage(config)
+    return [config]
+
+
+def refuse_stage(config: RunConfig) -> None:
+    """Raises ConfigError for the config that a stage's folder keeps: alone it would take the place of the whole run."""
+    if (whole := config.run.stage_of) is not None:
+        stage = config.run.name.partition("-")[2]
+        raise ConfigError(
+            f"this is the config of stage {config.run.name} of the run {whole}; run that one's YAML, with --from-stage "
+            f"{stage} to do the stage again. To train from it alone, set run.name, run.output and run.stage_of=null"
+        )
 
 
 def _one(source: Source) -> RunConfig:

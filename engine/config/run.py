@@ -23,6 +23,8 @@ class RunSection(Section):
     """Name of the run's folder below `output`."""
     output: str = "runs"
     """Folder that holds the runs."""
+    stage_of: str | None = None
+    """Written by a run in stages into each stage's config: the name of the whole."""
     seed: int = 0
     """Seed of the data order, of fresh weights and of dropout."""
     num_steps: Count | None = None

@@ -78,7 +78,7 @@ def _checked_name(stage: dict[str, Any], source: Source, at: KeyPath) -> str:
                 f"{source.place((*at, key))}{STAGES}.{at[1]}.{key}: belongs to the whole run, not a stage"
             )
     run = stage.get("run")
-    if isinstance(run, dict) and (wrong := sorted(set(run) & {"name", "output"})):
+    if isinstance(run, dict) and (wrong := sorted(set(run) & {"name", "output", "stage_of"})):
         raise ConfigError(
             f"{source.place((*at, 'run', wrong[0]))}{STAGES}.{at[1]}.run.{wrong[0]}: give it once, for all"
         )
@@ -108,7 +108,7 @@ def _laid_over(source: Source, own: dict[str, Any], at: KeyPath, name: str, befo
     whole = run.get("name") if isinstance(run, dict) else None
     if isinstance(run, dict) and isinstance(whole, str):
         folder = Path(str(run.get("output", "runs"))) / whole / FOLDER
-        run |= {"name": name, "output": str(folder)}
+        run |= {"name": name, "output": str(folder), "stage_of": whole}
         if isinstance(tracking := data.setdefault("tracking", {}), dict):
             tracking.setdefault("wandb_group", whole)
         _keep_teacher(data, base)

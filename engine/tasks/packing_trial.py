@@ -59,16 +59,19 @@ def toy_inputs(model: PreTrainedModel, task: Task) -> dict[str, Any]:
     return task.model_inputs(_toy_batch([_toy_ids(model)[:_FIRST_TOKENS]]).to(model.device), model)
 
 
+def num_positions(model: PreTrainedModel) -> int | None:
+    """The longest sequence that the model's position table holds; None without one."""
+    table = position_table(model)
+    return None if table is None else table.num_embeddings - (0 if table.padding_idx is None else table.padding_idx + 1)
+
+
 def check_positions(model: PreTrainedModel, sequence_tokens: int) -> None:
     """Raises ConfigError when ``sequence_tokens`` exceed the model's position table."""
-    table = position_table(model)
-    if table is None:
-        return
-    num_positions = table.num_embeddings - (0 if table.padding_idx is None else table.padding_idx + 1)
-    if sequence_tokens > num_positions:
+    limit = num_positions(model)
+    if limit is not None and sequence_tokens > limit:
         raise ConfigError(
-            f"{_describe(model)} has {num_positions} positions, but the shards hold sequences of {sequence_tokens} "
-            f"tokens; build the shards with --sequence-tokens {num_positions} or less, or choose another model"
+            f"{_describe(model)} has {limit} positions, but the shards hold sequences of {sequence_tokens} "
+            f"tokens; build the shards with --sequence-tokens {limit} or less, or choose another model"
         )
 
 

@@ -13,7 +13,7 @@ import torch
 import transformers
 
 from data_tools import predict
-from engine.errors import ConfigError
+from engine.errors import ConfigError, DataError
 from engine.looking import Look
 from engine.nearest import nearest_words
 from engine.onnx_export import export_onnx
@@ -112,3 +112,20 @@ def test_a_model_of_another_task_and_a_graph_that_is_not_there(tmp_path: Path) -
     folder = labelled.model_folder(tmp_path / "model", "token_classification")
     with pytest.raises(ConfigError, match="there is no such graph; make it with"):
         predict.main(["--model", str(folder), *words, "--onnx"])
+
+
+def test_predict_fits_the_model_and_takes_several_files(tmp_path: Path) -> None:
+    folder = labelled.model_folder(tmp_path / "model", "token_classification")
+    positions = transformers.AutoConfig.from_pretrained(folder).max_position_embeddings
+    (tmp_path / "a.tsv").write_text(" ".join(["w1"] * 3 * positions) + "\n")
+    (tmp_path / "b.tsv").write_text("w1 w2\n")
+    words = ["--model", str(folder), "--input", str(tmp_path / "[ab].tsv"), "--output", str(tmp_path / "out")]
+    assert predict.main(words) == 0
+    long, short = (tmp_path / "out").read_text().splitlines()
+    assert [len(line.split("\t")[1].split()) for line in (long, short)] == [3 * positions, 2]
+    with pytest.raises(ConfigError, match=f"--sequence-tokens 999: the model has {positions} positions"):
+        predict.main([*words, "--sequence-tokens", "999"])
+    for name in "ab":
+        (tmp_path / f"{name}.tsv").write_text("\n")
+    with pytest.raises(DataError, match="no example in it"):
+        predict.main(words)

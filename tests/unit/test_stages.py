@@ -12,6 +12,7 @@ import yaml
 from engine.config.load import load_config, load_stages, parse_stages
 from engine.config.run import RunConfig
 from engine.errors import ConfigError
+from engine.staging import whole_folder
 
 BASE: dict[str, Any] = {
     "run": {"name": "ner", "output": "out", "num_epochs": 2.0, "seed": 5},
@@ -58,6 +59,18 @@ def test_unfreezing_is_a_stage_for_each_part() -> None:
     assert [each.run.name for each in expanded] == [f"0{n}-thaw-{n}" for n in (1, 2, 3, 4)]
     assert [each.freeze for each in expanded] == [("position_embeddings", *parts[n + 1 :]) for n in range(len(parts))]
     assert {each.run.num_steps for each in expanded} == {3}
+
+
+def test_the_config_that_a_stage_keeps_is_not_run_alone() -> None:
+    """It would take the place of the whole run."""
+    first, _ = stages({"name": "a"}, {"name": "b"})
+    kept = first.model_dump(mode="json")
+    with pytest.raises(ConfigError, match=r"config of stage 01-a of the run ner; .* --from-stage a"):
+        parse_stages(kept)
+    kept["run"] |= {"stage_of": None, "output": "stages"}
+    (alone,) = parse_stages(kept)
+    assert whole_folder([alone]) == Path("stages/01-a"), "a folder of that name makes no stage"
+    assert whole_folder([first]) == Path("out/ner")
 
 
 def test_a_run_without_stages_is_one() -> None:
