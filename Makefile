@@ -1,4 +1,6 @@
 # make demo [TASK=causal_lm] [TEACHER=cached]   from nothing to a distilled student and its report
+# make distill TEXT=text.txt MODEL=FOLDER [RECIPE=general] [TOKENS=128] [SET='key=value ...']
+#                                               from a text file and a teacher to a student, by examples/RECIPE.yaml
 # make test                                     lint, types and tests
 #
 # Everything is installed into .venv, once, in the versions of constraints.txt. pip's own settings decide where from:
@@ -15,11 +17,21 @@ TEST_READY := $(VENV)/test.ready
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test clean
+RECIPE ?= universal
+TOKENS ?= 128
+
+.PHONY: demo distill test clean
 .DELETE_ON_ERROR:
 
 demo: $(DEMO_READY)
 	@$(BIN)/python launch/demo.py --task $(TASK) --teacher $(TEACHER)
+
+distill: $(DEMO_READY)
+	@test -n '$(TEXT)' -a -n '$(MODEL)' || { echo 'Give a text file and a teacher: make distill TEXT=text.txt MODEL=FOLDER'; exit 2; }
+	$(BIN)/python data_tools/build_shards.py --task $(if $(filter distil_gpt2,$(RECIPE)),causal_lm,masked_lm) --one-per-line \
+		--input '$(TEXT)' --tokenizer '$(MODEL)' --sequence-tokens $(TOKENS) --output runs/$(RECIPE)-shards
+	$(BIN)/python launch/distill.py --config examples/$(RECIPE).yaml teacher.model='$(MODEL)' \
+		data.manifest=runs/$(RECIPE)-shards/manifest.json $(SET)
 
 test: $(TEST_READY)
 	$(BIN)/ruff check .

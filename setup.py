@@ -37,7 +37,16 @@ setup(
     ],
     extras_require={
         "onnx": ONNX,
-        "test": [*ONNX, "pytest>=8", "pytest-timeout>=2.3", "ruff>=0.6", "mypy>=1.11", "types-PyYAML", "types-tqdm"],
+        "test": [
+            *ONNX,
+            "dockerfile-parse>=2",
+            "pytest>=8",
+            "pytest-timeout>=2.3",
+            "ruff>=0.6",
+            "mypy>=1.11",
+            "types-PyYAML",
+            "types-tqdm",
+        ],  # fmt: skip
         "benchmarks": ["trl>=0.25", "mosaicml-streaming>=0.10"],
     },
 )

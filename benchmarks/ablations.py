@@ -61,8 +61,8 @@ def ablations(arguments: argparse.Namespace) -> list[Ablation]:
     found = []
     if arguments.masked:
         exponent = yaml.safe_load(Path(arguments.masked).read_text())["task"]["mask_smoothing"]
-        fresh = "student={config: WHOLE/export}"
-        found.append(Ablation("layer copy", arguments.masked, [fresh], []))
+        fresh = ["student={config: WHOLE/export}", "freeze=[]"]  # what was drawn at random is not frozen
+        found.append(Ablation("layer copy", arguments.masked, fresh, []))
         found.append(
             Ablation("smoothing", arguments.masked, ["task.mask_smoothing=0"], [f"task.mask_smoothing={exponent}"])
         )
@@ -72,8 +72,9 @@ def ablations(arguments: argparse.Namespace) -> list[Ablation]:
             next(i for i, stage in enumerate(stages) if wanted(stage))
             for wanted in (lambda stage: "unfreeze" in stage, lambda stage: projection_rate(stage) is not None)
         )
-        steps = len(stages[thaw]["unfreeze"]) * stages[thaw]["run"]["num_steps"]
-        at_once = [f"stages.{thaw}.unfreeze=null", f"stages.{thaw}.run.num_steps={steps}"]
+        ((unit, length),) = stages[thaw]["run"].items()  # num_steps or num_epochs, of each part
+        parts = len(stages[thaw]["unfreeze"])
+        at_once = [f"stages.{thaw}.unfreeze=null", f"stages.{thaw}.run.{unit}={parts * length}"]
         found.append(Ablation("unfreezing", arguments.staged, at_once, []))
         plain = [f"stages.{projected}.optimizer.projection_learning_rate=null"]
         found.append(Ablation("projection rate", arguments.staged, plain, []))

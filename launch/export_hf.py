@@ -19,6 +19,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--checkpoint", type=Path, help="a checkpoint's folder (default: the best, or the newest)")
     parser.add_argument("--output", type=Path, help="where to write (default: RUN/export)")
     parser.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), default="fp32", help="of the weights written")
+    parser.add_argument("--pth", action="store_true", help="write checkpoint.pth beside it: the state dict alone")
     parser.add_argument("--onnx", action="store_true", help="write model.onnx beside it, for onnxruntime")
     return parser.parse_args()
 
@@ -39,6 +40,10 @@ def main() -> int:
     student = load_student(folder, checkpoint, config.task.kind)
     results = Results.load(folder) if arguments.checkpoint is None else None
     output = export_run(student, folder, arguments.output or arguments.run / "export", config, results, arguments.dtype)
+    if arguments.pth:
+        import torch
+
+        torch.save(student.state_dict(), output / "checkpoint.pth")
     if arguments.onnx:
         from engine.onnx_export import export_onnx
 

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import re
+import shlex
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import transformers
 import yaml
 
@@ -66,6 +71,46 @@ def test_a_recipe_for_text(name: str, root: Path) -> None:
     if task == "masked_lm":
         answers = transformers.pipeline("fill-mask", model=str(export))("w1 [MASK] w3")
         assert len(answers) == 5
+
+
+def test_one_command_from_raw_text_and_the_lines_that_load_its_state_dict(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What `make distill` would do, done; a second time, nothing is built again. Then docs/coming_from.md's lines."""
+    teacher = tiny.model_folder(tmp_path / "teacher", "masked_lm", num_hidden_layers=6)
+    text = tmp_path / "text.txt"
+    text.write_text("".join(f"w{n % 40} w{n * 7 % 40} w{n * 3 % 40}\n" for n in range(400)))
+    settings = "run.num_epochs=null run.num_steps=2 batch.global_sequences=8 batch.micro_sequences=4 data.lanes=4 "
+    settings += f"schedule.warmup_steps=0 run.precision=fp32 run.output={tmp_path}/runs"
+    make = [
+        "make",
+        "-n",
+        "distill",
+        "RECIPE=general",
+        f"TEXT={text}",
+        f"MODEL={teacher}",
+        "TOKENS=32",
+        f"SET={settings}",
+    ]
+    planned = subprocess.run([*make, "-o", ".venv/demo.ready"], cwd=ROOT, capture_output=True, text=True, check=True)
+    commands = planned.stdout.replace("\\\n", " ").replace("runs/general-shards", f"{tmp_path}/shards")
+    run = [line for line in commands.splitlines() if line.startswith(".venv/bin/python")]
+    assert len(run) == 2
+    for command in (*run, run[0]):
+        words = [sys.executable, *shlex.split(command)[1:]]
+        done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+    assert "complete already" in done.stdout
+    words = [sys.executable, "launch/export_hf.py", "--run", str(tmp_path / "runs" / "general"), "--pth"]
+    subprocess.run(words, cwd=ROOT, check=True, capture_output=True)
+    page = (ROOT / "docs" / "coming_from.md").read_text()
+    (lines,) = (block for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "checkpoint.pth" in block)
+    names: dict[str, Any] = {"torch": torch} | vars(transformers)
+    names |= {name: getattr(transformers, name) for name in ("AutoConfig", "AutoModelForMaskedLM")}
+    monkeypatch.chdir(tmp_path)
+    exec(lines.replace("NAME", "general"), names)
+    loaded, saved = names["student"], transformers.AutoModelForMaskedLM.from_pretrained("runs/general/export")
+    assert all(torch.equal(ours, saved.state_dict()[name]) for name, ours in loaded.state_dict().items())
 
 
 @pytest.mark.parametrize("name", LABELLED)
