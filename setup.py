@@ -46,7 +46,7 @@ setup(
             "mypy>=1.11",
             "types-PyYAML",
             "types-tqdm",
-        ],  # fmt: skip
+        ],
         "benchmarks": ["trl>=0.25", "mosaicml-streaming>=0.10"],
     },
 )

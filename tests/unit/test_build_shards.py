@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -42,6 +43,21 @@ def test_a_tokenizer_in_python_works_in_processes_too(tmp_path: Path) -> None:
         options = ("--workers", workers)
         build_shards.main(arguments(source, tmp_path / "bytes", tmp_path / workers, *options))
     assert files_of(tmp_path / "1") == files_of(tmp_path / "2")
+
+
+def test_text_of_any_script_comes_back(tmp_path: Path) -> None:
+    """Combining marks, right to left, no blanks between words, more than 16 bits: not one character is changed."""
+    from transformers import ByT5Tokenizer
+
+    texts = ["Жил-был пёс; ёлка, ещё — «да»", "東京は日本の首都です。猫𠮟る", "كان يا ما كان، قِطّة", "ไม่มีช่องว่างระหว่างคำ",
+             "Fußgänger naïve cafe\u0301 Ελλάδα", "किताब पढ़ो 👩🏽‍🚀 end"]  # fmt: skip
+    tokenizer = ByT5Tokenizer()
+    tokenizer.save_pretrained(tmp_path / "bytes")
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts), "utf-8")
+    build_shards.main(arguments(path, tmp_path / "bytes", tmp_path / "out"))
+    stream = [token for piece in pieces_of(tmp_path / "out") for token in piece]
+    assert [text for text in tokenizer.decode(stream).split("</s>") if text.strip()] == texts
 
 
 def test_heldout_is_disjoint_and_stable(decoder_tokenizer: Path, tmp_path: Path) -> None:
