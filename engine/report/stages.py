@@ -15,6 +15,8 @@ from engine.report.results import Results
 from engine.tracking import EVENTS, METRICS, read_records
 from engine.tracking.records import Record
 
+EPOCH, SECONDS = "data/epoch", "time/elapsed_seconds"
+
 
 @dataclass(frozen=True)
 class StageRow:
@@ -59,12 +61,19 @@ def stage_rows(folders: list[Path]) -> tuple[list[StageRow], str]:
 
 
 def joined_records(folders: list[Path], file: str) -> list[Record]:
-    """The records of all stages, with their steps counted on."""
+    """The records of all stages, with their steps and seconds counted on. Epochs are left out: each stage has its own
+    data."""
     found: list[Record] = []
-    before = 0
+    steps, seconds = 0, 0.0
     for folder in folders:
-        found += [{**record, "step": record["step"] + before} for record in read_records(folder / file)]
-        before += _last_step(read_records(folder / METRICS))
+        for record in read_records(folder / file):
+            counted = {key: value for key, value in record.items() if key != EPOCH} | {"step": record["step"] + steps}
+            if SECONDS in record:
+                counted[SECONDS] = record[SECONDS] + seconds
+            found.append(counted)
+        metrics = read_records(folder / METRICS)
+        steps += _last_step(metrics)
+        seconds += max((record.get(SECONDS, 0.0) for record in metrics), default=0.0)
     return found
 
 

@@ -90,7 +90,7 @@ def tiles(results: Results | None) -> list[Tile]:
     teacher, control = results.model("teacher"), results.model("control")
     found = [_quality(results, student, teacher) if student.quality is not None else _perplexity(student, teacher)]
     if student.agreement is not None:
-        found.append(Tile("Agreement", share(student.agreement), "same likeliest word as the teacher"))
+        found.append(Tile("Agreement", share(student.agreement), "same first choice as the teacher"))
     if teacher:
         found.append(_size(student, teacher))
         if (speed := _fraction(teacher.latency_seconds, student.latency_seconds)) is not None:
