@@ -78,7 +78,7 @@ squad() {
   train questions evaluation.control=runs/squad-control/export
 }
 bert() {
-  python "$root/data_tools/build_shards.py" --task masked_lm --one-per-line --sequence-tokens 64 --tokenizer wordpieces \
+  python "$root/data_tools/build_shards.py" --task masked_lm --one-per-line --sequence-tokens 32 --tokenizer wordpieces \
     --input text/stories.txt --output stories --split-heldout 0.1 --shard-bytes 256KB
   train teacher_bert
   train bert run.name=bert-control 'losses=[{kind: cross_entropy}]'
