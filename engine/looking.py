@@ -42,9 +42,12 @@ class Look:
         folder = newest_stage(folder)
         config = read_config(folder)
         student = load_student(folder, checkpoint or best(folder / "checkpoints"), config.task.kind)
-        name = teacher or config.teacher.model or config.evaluation.teacher
-        named = {"teacher": name, "student": str(folder / "student")}
-        look = Look.at_models(named, config.task.kind, {"student": student})
+        shown = teacher or config.teacher.model or config.evaluation.teacher
+        named = {"teacher": shown, "student": str(folder / "student")}
+        loaded = {"student": student}
+        if teacher is None and config.teacher.model is not None:  # by the run's revision and permissions
+            loaded["teacher"] = load_model(config.teacher, MODEL_CLASSES[config.task.kind], torch.float32, "teacher")
+        look = Look.at_models(named, config.task.kind, loaded)
         look.heldout = config.evaluation.test_manifest or config.evaluation.manifest
         return look
 
