@@ -30,7 +30,7 @@ def main() -> None:
     write(text / "wiki.txt", wiki)
     write(text / "conll.txt", news)
     write(text / "sst.txt", (line.split("\t")[0] for line in rows(data / "sst2-glue" / "train.tsv")))
-    write(text / "sst-transfer.tsv", rows(data / "sst2-glue" / "train.tsv"))
+    write(text / "sst-phrases.tsv", rows(data / "sst2-glue" / "train.tsv"))
     write(text / "squad.txt", paragraphs(data / "squad1-train-slice" / "squad1-train-slice.json"))
     transfer = news + [f"{part} ." for line in wiki for part in line.split(" . ") if 4 <= len(part.split()) <= 60]
     random.Random(0).shuffle(transfer)

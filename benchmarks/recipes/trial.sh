@@ -58,22 +58,21 @@ wnut() {
 }
 sst() {
   local folder=$data/sst2-glue/sst2-sentences
-  build sequence_classification 64 "$folder/train.tsv" sst --columns text,label
+  build sequence_classification 64 text/sst-phrases.tsv sst --columns text,label
   build sequence_classification 64 "$folder/dev.tsv" sst-dev --columns text,label --labels sst/manifest.json
   build sequence_classification 64 "$folder/test.tsv" sst-test --columns text,label --labels sst/manifest.json
-  build sequence_classification 64 text/sst-transfer.tsv sst-transfer --columns text,label --labels sst/manifest.json --unlabelled
   # shellcheck disable=SC2046
-  train labels run.name=sst-teacher task.kind=sequence_classification $(labelled sst)
-  # shellcheck disable=SC2046
-  train control run.name=sst-control run.num_steps=1701 task.kind=sequence_classification \
-    teacher.model=runs/sst-teacher/export $(labelled sst)
+  train labels run.name=sst-teacher task.kind=sequence_classification run.num_epochs=1 data.lanes=64 \
+    batch.global_sequences=64 batch.micro_sequences=64 evaluation.every_steps=300 $(labelled sst)
+  train sentences run.name=sst-control 'losses=[{kind: cross_entropy}]'
   train sentences evaluation.control=runs/sst-control/export
 }
 squad() {
   build question_answering 256 "$data/squad1-train-slice/squad1-train-slice.json" squad --overlap-tokens 64 \
     --question-tokens 40 --split-heldout 0.2
-  train labels run.name=squad-teacher task.kind=question_answering data.manifest=squad/manifest.json \
-    evaluation.manifest=squad/heldout/manifest.json evaluation.test_manifest=null early_stop=null
+  train labels run.name=squad-teacher run.num_epochs=3 task.kind=question_answering data.manifest=squad/manifest.json \
+    evaluation.manifest=squad/heldout/manifest.json evaluation.test_manifest=null early_stop=null \
+    evaluation.every_steps=null
   train questions run.name=squad-control 'losses=[{kind: cross_entropy}]'
   train questions evaluation.control=runs/squad-control/export
 }
