@@ -1,14 +1,16 @@
 """What ranks agree on, and the signals that ask a run to stop.
 
 Agreement travels over a gloo group on the CPU, so that asking every step never makes a GPU wait. It waits for as long
-as the others live, since one rank may have long work to do alone; ``engine/watch`` tells whether they do.
+as the others live, since one rank may have long work to do alone; ``engine/watch`` tells whether they do, and whether
+all of them wait for what never comes.
 """
 
 from __future__ import annotations
 
 import atexit
 import signal
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from types import FrameType
 from typing import Any
@@ -39,10 +41,13 @@ def _destroy_group() -> None:
 
 
 class Control:
-    """What ranks say to each other besides tensors. Every method is collective."""
+    """What ranks say to each other besides tensors. Every method is collective.
 
-    def __init__(self, ranks: Ranks) -> None:
-        self.ranks = ranks
+    ``waiting`` makes the context in which this rank waits for the others: ``Watch.waiting``.
+    """
+
+    def __init__(self, ranks: Ranks, waiting: Callable[[], AbstractContextManager[None]] = nullcontext) -> None:
+        self.ranks, self._waiting = ranks, waiting
         self._group = dist.new_group(backend="gloo", timeout=PATIENCE) if ranks.world_size > 1 else None
 
     @property
@@ -54,7 +59,8 @@ class Control:
         if self._group is None:
             return list(numbers)
         tensor = torch.tensor(numbers, dtype=torch.int64)
-        dist.all_reduce(tensor, group=self._group)
+        with self._waiting():
+            dist.all_reduce(tensor, group=self._group)
         return tensor.tolist()
 
     def gather(self, item: Any) -> list[Any]:
@@ -62,7 +68,8 @@ class Control:
         if self._group is None:
             return [item]
         items: list[Any] = [None] * self.ranks.world_size
-        dist.all_gather_object(items, item, group=self._group)
+        with self._waiting():
+            dist.all_gather_object(items, item, group=self._group)
         return items
 
     def from_main(self, item: Any) -> Any:
@@ -70,12 +77,14 @@ class Control:
         if self._group is None:
             return item
         items = [item]
-        dist.broadcast_object_list(items, src=0, group=self._group)
+        with self._waiting():
+            dist.broadcast_object_list(items, src=0, group=self._group)
         return items[0]
 
     def barrier(self) -> None:
         if self._group is not None:
-            dist.barrier(group=self._group)
+            with self._waiting():
+                dist.barrier(group=self._group)
 
 
 class StopSignal:

@@ -75,7 +75,7 @@ class Distiller:
         timeout_seconds = self.config.cluster.timeout_seconds
         with StopSignal() as stop, Watch(meeting, timeout_seconds, self._alone_seconds()) as watch:
             device = init_distributed(meeting, timeout_seconds)
-            place = Place(ranks, Control(ranks), device)
+            place = Place(ranks, Control(ranks, watch.waiting), device)
             left = self._stages_left(place)
             for stage in left[:-1]:
                 if not self._fit_stage(stage, place, stop, watch):

@@ -2,7 +2,7 @@
 # The five projects' recipes on real data, small: teachers made here, controls on labels alone, students. What is there
 # already is not made again. Some three hours on two cores.
 #
-#   benchmarks/recipes/trial.sh DATA FOLDER TOKENIZER [encoder ner wnut sst squad bert ablations ...]
+#   benchmarks/recipes/trial.sh DATA FOLDER TOKENIZER [encoder ner wnut sst phrases squad bert ablations ...]
 #
 # DATA holds the unpacked data sets that prepare.py names, TOKENIZER is BERT's uncased one. Figures: docs/results.md.
 set -euo pipefail
@@ -12,7 +12,7 @@ root=$(cd "$here/../.." && pwd)
 data=$(realpath "$1") tokenizer=$(realpath "$3")
 mkdir -p "$2" && cd "$2"
 shift 3
-[ $# -gt 0 ] || set -- encoder ner wnut sst squad bert ablations
+[ $# -gt 0 ] || set -- encoder ner wnut sst phrases squad bert ablations
 
 build() { # TASK TOKENS INPUT OUTPUT [option ...]
   local task=$1 tokens=$2 input=$3 output=$4
@@ -58,14 +58,24 @@ wnut() {
 }
 sst() {
   local folder=$data/sst2-glue/sst2-sentences
-  build sequence_classification 64 text/sst-phrases.tsv sst --columns text,label
+  build sequence_classification 64 "$folder/train.tsv" sst --columns text,label
   build sequence_classification 64 "$folder/dev.tsv" sst-dev --columns text,label --labels sst/manifest.json
   build sequence_classification 64 "$folder/test.tsv" sst-test --columns text,label --labels sst/manifest.json
+  build sequence_classification 64 text/sst-phrases.tsv sst-transfer --columns text,label --labels sst/manifest.json --unlabelled
   # shellcheck disable=SC2046
-  train labels run.name=sst-teacher task.kind=sequence_classification run.num_epochs=1 data.lanes=64 \
-    batch.global_sequences=64 batch.micro_sequences=64 evaluation.every_steps=300 $(labelled sst)
-  train sentences run.name=sst-control 'losses=[{kind: cross_entropy}]'
+  train labels run.name=sst-teacher task.kind=sequence_classification $(labelled sst)
+  # shellcheck disable=SC2046
+  train control run.name=sst-control run.num_steps=1701 task.kind=sequence_classification \
+    teacher.model=runs/sst-teacher/export $(labelled sst)
   train sentences evaluation.control=runs/sst-control/export
+}
+phrases() { # after sst, whose dev and test data it takes
+  build sequence_classification 64 text/sst-phrases.tsv phrases --columns text,label --labels sst/manifest.json
+  train labels run.name=phrases-teacher task.kind=sequence_classification data.manifest=phrases/manifest.json \
+    run.num_epochs=1 data.lanes=64 batch.global_sequences=64 batch.micro_sequences=64 evaluation.every_steps=300 \
+    evaluation.manifest=sst-dev/manifest.json evaluation.test_manifest=sst-test/manifest.json
+  train phrases run.name=phrases-control 'losses=[{kind: cross_entropy}]'
+  train phrases evaluation.control=runs/phrases-control/export
 }
 squad() {
   build question_answering 256 "$data/squad1-train-slice/squad1-train-slice.json" squad --overlap-tokens 64 \

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 
@@ -56,6 +56,16 @@ class Watch:
         """The training thread begins ``phase``."""
         self.now.phase = phase
         self.now.moves += 1
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """The training thread waits for what the others say, in whatever phase."""
+        phase = self.now.phase
+        self.doing(judgement.AGREEMENT)
+        try:
+            yield
+        finally:
+            self.doing(phase)
 
     def settle(self) -> None:
         """All ranks leave with the same error; this one may finish a save first."""

@@ -11,7 +11,7 @@ from pathlib import Path
 import deepspeed
 import torch
 from deepspeed.accelerator import get_accelerator
-from torch.distributed import PrefixStore
+from torch.distributed import PrefixStore, distributed_c10d
 
 from engine.meeting import Meeting
 
@@ -23,6 +23,7 @@ def init_distributed(meeting: Meeting, timeout_seconds: float) -> torch.device:
     """
     build_ops()
     ranks, timeout = meeting.ranks, timedelta(seconds=timeout_seconds)
+    _limit_new_groups(timeout)
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", ranks.local_rank % torch.cuda.device_count())
@@ -42,6 +43,14 @@ def init_distributed(meeting: Meeting, timeout_seconds: float) -> torch.device:
     if device.type == "cpu":
         _forget_shared_buffers()
     return device
+
+
+def _limit_new_groups(timeout: timedelta) -> None:
+    """DeepSpeed exchanges gradients and weights in groups that it makes without a time-out; torch then takes its own,
+    half an hour, from these names."""
+    distributed_c10d.default_pg_timeout = timeout
+    if isinstance(distributed_c10d.default_pg_nccl_timeout, timedelta):
+        distributed_c10d.default_pg_nccl_timeout = timeout
 
 
 def _forget_shared_buffers() -> None:

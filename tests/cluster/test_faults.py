@@ -120,10 +120,18 @@ def test_a_silent_host(
         resumes(run, undisturbed)
 
 
-def test_a_link_between_two_hosts_that_is_cut(lab: Lab, root: Path, record_property: Callable[..., None]) -> None:
-    """All can talk to rank 0, so nobody is silent, and yet no step ends."""
+@pytest.mark.parametrize("save_seconds", [0.0, 2.0], ids=["in_a_step", "in_a_checkpoint"])
+def test_a_link_between_two_hosts_that_is_cut(
+    lab: Lab, root: Path, record_property: Callable[..., None], save_seconds: float
+) -> None:
+    """All can talk to rank 0, so nobody is silent, and yet no step ends. What ranks say in a checkpoint waits as long
+    as the others live, and they do: the second case hung for ever once."""
     lab.configure_ssh(3)
-    run = training(lab, root, "pair", data={"lanes": 6}, batch={"global_sequences": 12})
+    name = f"pair{save_seconds:.0f}"
+    every = {"every_steps": 4 if save_seconds else 1000}
+    run = training(
+        lab, root, name, save_seconds=save_seconds, data={"lanes": 6}, batch={"global_sequences": 12}, checkpoint=every
+    )
     command = run.start(("node1", "node2", "node3"))
     run.wait_for_step(4, command)
     faults.pair(lab, "node2", "node3")

@@ -21,10 +21,20 @@ START_SECONDS = 180.0
 class Training:
     """The run ``name`` below ``root``; starting it again resumes it. ``sections`` replace those of the tiny run.
 
-    ``pace_seconds`` is a pause added to every step; 0 trains as fast as it goes, with ``launch/distill.py`` itself.
+    ``pace_seconds`` is a pause added to every step, ``save_seconds`` one before each checkpoint; without a pause a run
+    trains as fast as it goes, with ``launch/distill.py`` itself.
     """
 
-    def __init__(self, lab: Lab, root: Path, name: str = "run", *, pace_seconds: float = 0.0, **sections: Any) -> None:
+    def __init__(
+        self,
+        lab: Lab,
+        root: Path,
+        name: str = "run",
+        *,
+        pace_seconds: float = 0.0,
+        save_seconds: float = 0.0,
+        **sections: Any,
+    ) -> None:
         self.lab = lab
         self.root = root
         run = {"name": name, **sections.pop("run", {})}
@@ -37,7 +47,7 @@ class Training:
         self.config = write_config(self.work / "run.yaml", config)
         batch = config["batch"]
         self._num_sequences = batch["global_sequences"] // batch["micro_sequences"]
-        self._pace_seconds = pace_seconds
+        self._pace_seconds, self._save_seconds = pace_seconds, save_seconds
 
     def script(self, world_size: int) -> tuple[list[str], dict[str, str]]:
         """The script with its arguments, and what its environment needs on every host."""
@@ -45,7 +55,8 @@ class Training:
         if not self._pace_seconds:
             return [str(ROOT / "launch" / "distill.py"), *arguments], {}
         pause = self._pace_seconds * world_size / self._num_sequences  # a step is that many micro-batches
-        return [str(ROOT / "tests" / "cluster" / "paced_distill.py"), *arguments], {"PACE_SECONDS": f"{pause:.4f}"}
+        pauses = {"PACE_SECONDS": f"{pause:.4f}", "SAVE_SECONDS": f"{self._save_seconds:.1f}"}
+        return [str(ROOT / "tests" / "cluster" / "paced_distill.py"), *arguments], pauses
 
     def start(
         self, hosts: Sequence[str], *, slots: int = 1, launcher: str = "pdsh", launcher_args: str = "", words: str = ""

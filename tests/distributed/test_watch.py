@@ -12,7 +12,7 @@ import pytest
 
 from engine.errors import EXIT_LOST_RANK
 from tests import tiny
-from tests.launching import Job, distill, wait_for_step
+from tests.launching import Job, distill, finish, wait_for_step
 
 
 @pytest.fixture(scope="module")
@@ -94,3 +94,23 @@ def test_a_rank_that_never_comes_is_told(root: Path) -> None:
     codes = job.wait(60)
     assert (codes[0], codes[2]) == (EXIT_LOST_RANK, EXIT_LOST_RANK), job.output()
     assert "1 of 3 ranks did not come within 3 s: rank 1" in job.logs[0].read_text()
+
+
+LIMITED = """
+from datetime import timedelta
+import deepspeed.comm
+import torch
+from engine.dist import PATIENCE, Control, read_ranks
+from engine.meeting import meet
+from engine.zero import init_distributed
+init_distributed(meet(read_ranks()), 60.0)
+made = [torch.distributed.group.WORLD, deepspeed.comm.new_group([0, 1]), Control(read_ranks())._group]
+limits = [group._get_backend(torch.device("cpu")).options._timeout for group in made]
+assert limits == [timedelta(seconds=60), timedelta(seconds=60), PATIENCE], limits
+torch.distributed.destroy_process_group()
+"""
+
+
+def test_groups_that_deepspeed_makes_have_the_time_out_too(tmp_path: Path) -> None:
+    """They exchange the gradients: with torch's half an hour a link that is cut in a step is noticed that late."""
+    finish(Job(["-c", LIMITED], 2, tmp_path))
