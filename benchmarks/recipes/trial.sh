@@ -35,7 +35,7 @@ encoder() {
     --input text/wiki.txt text/conll.txt text/sst.txt text/squad.txt --output mlm --split-heldout 0.02 --shard-bytes 4MB
   train encoder
 }
-entities() { # NAME TRAIN DEV TEST EPOCHS-OF-THE-TEACHER STEPS-OF-THE-CONTROL
+entities() { # NAME TRAIN DEV TEST EPOCHS-OF-THE-TEACHER STEPS-OF-THE-CONTROL LAST-LEARNING-RATE
   build token_classification 128 "$2" "$1"
   build token_classification 128 "$3" "$1-dev" --labels "$1/manifest.json"
   build token_classification 128 "$4" "$1-test" --labels "$1/manifest.json"
@@ -45,16 +45,16 @@ entities() { # NAME TRAIN DEV TEST EPOCHS-OF-THE-TEACHER STEPS-OF-THE-CONTROL
   # shellcheck disable=SC2046
   train control run.name="$1-control" run.num_steps="$6" teacher.model="runs/$1-teacher/export" $(labelled "$1")
   train staged run.name="$1-student" teacher.model="runs/$1-teacher/export" data.manifest="$1-transfer/manifest.json" \
-    stages.3.data.manifest="$1/manifest.json" evaluation.manifest="$1-dev/manifest.json" \
+    stages.3.data.manifest="$1/manifest.json" stages.3.optimizer.learning_rate="$7" evaluation.manifest="$1-dev/manifest.json" \
     evaluation.test_manifest="$1-test/manifest.json" evaluation.control="runs/$1-control/export"
 }
 ner() {
   local folder=$data/conll2003-en/bio2
-  entities ner "$folder/train.txt" "$folder/valid.txt" "$folder/test.txt" 5 2892
+  entities ner "$folder/train.txt" "$folder/valid.txt" "$folder/test.txt" 5 2892 5.0e-4
 }
 wnut() {
   local folder=$data/wnut17
-  entities wnut "$folder/wnut17train.conll" "$folder/emerging.dev.conll" "$folder/emerging.test.annotated" 8 1625
+  entities wnut "$folder/wnut17train.conll" "$folder/emerging.dev.conll" "$folder/emerging.test.annotated" 8 1625 1.0e-4
 }
 sst() {
   local folder=$data/sst2-glue/sst2-sentences
