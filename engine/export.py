@@ -13,7 +13,6 @@ from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from engine.errors import CheckpointError
 from engine.models import DTYPES, MODEL_CLASSES, cast
-from engine.onnx_export import ONNX_FILE
 
 log = logging.getLogger("stillhouse")
 
@@ -58,7 +57,7 @@ def export_student(
     Raises CheckpointError when what was read back gives other logits.
     """
     model = cast(model, DTYPES[dtype]).cpu()
-    (folder / ONNX_FILE).unlink(missing_ok=True)  # of other weights
+    (folder / "model.onnx").unlink(missing_ok=True)  # of other weights
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     readme = folder / "README.md"

@@ -49,7 +49,7 @@ def learning_charts(records: Sequence[Record], results: Results | None) -> list[
             line_chart(
                 "Agreement with the teacher",
                 agreement,
-                y_label="same first choice",
+                y_label="share of same first choices",
                 y_format=_percent_tick,
                 from_zero=True,
             )
